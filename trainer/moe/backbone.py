@@ -1,0 +1,240 @@
+"""Where routers, experts and layers are in any transformers 5 MoE, found by the library's own module contract.
+
+The contract: an experts module decorated with `use_experts_implementation` holds fused 3-D tensors and is called with
+`(hidden_TD, top_k_index_TK, top_k_weights_TK)`; its router returns `(logits_TE, top_k_weights_TK, top_k_index_TK)`.
+`Backbone.of` finds both by structure, `Backbone.check` proves the contract numerically on a forward pass.
+
+Shapes: T tokens, E experts, K chosen experts per token, D hidden size, F intermediate size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trainer.moe.scoring import Scoring, identify
+
+SHARED_NAMES = ("shared_expert", "shared_experts", "shared_mlp")
+ROUTER_NAMES = ("gate", "router")
+
+
+@dataclass
+class MoELayer:
+    """One MoE layer. `index` is the position of its decoder layer in the model, dense layers counted."""
+
+    index: int
+    experts_name: str
+    router_name: str
+    router: nn.Module
+    experts: nn.Module
+    shared: nn.Module | None
+    num_experts: int
+    top_k: int
+    scoring: Scoring | None = None
+
+    @property
+    def layout(self) -> str:
+        """Layout of the fused expert tensors in words."""
+        orientation = "[E, in, out]" if self.experts.is_transposed else "[E, out, in]"
+        bias = ", biases" if self.experts.has_bias else ""
+        return f"{orientation}{bias}"
+
+
+def expert_tensor_names(experts: nn.Module) -> list[str]:
+    """Names of the parameters of a fused experts module whose first dimension is the expert."""
+    up = "gate_up_proj" if experts.has_gate else "up_proj"
+    names = [up, "down_proj"]
+    return names + [f"{name}_bias" for name in names] if experts.has_bias else names
+
+
+def _is_experts(module: nn.Module) -> bool:
+    down = getattr(module, "down_proj", None)
+    return hasattr(module, "has_gate") and hasattr(module, "is_transposed") and isinstance(down, Tensor) and down.ndim == 3
+
+
+def _layer_index(name: str) -> int:
+    numbers = re.findall(r"\.(\d+)\.", f".{name}.")
+    if not numbers:
+        raise ValueError(f"MoE layer {name!r}: no layer number in the module's name")
+    return int(numbers[0])
+
+
+def _router_classes(model: nn.Module) -> tuple[type, ...]:
+    found = []
+    for module in model.modules():
+        recorder = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits")
+        target = getattr(recorder, "target_class", recorder)
+        if isinstance(target, type):
+            found.append(target)
+    return tuple(set(found))
+
+
+def _find_router(siblings: dict[str, nn.Module], classes: tuple[type, ...], num_experts: int) -> str | None:
+    """Name of the router among the modules beside the experts: by recorded class, else by name and shape."""
+    by_class = [name for name, module in siblings.items() if classes and isinstance(module, classes)]
+    if len(by_class) == 1:
+        return by_class[0]
+    for name in ROUTER_NAMES:
+        weight = getattr(siblings.get(name), "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[0] == num_experts:
+            return name
+    return None
+
+
+class Backbone:
+    """The MoE layers of a model, in order. Holds references to the model's modules, never copies."""
+
+    def __init__(self, model: PreTrainedModel, layers: list[MoELayer]):
+        self.model = model
+        self.layers = layers
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Backbone:
+        """Find the MoE layers of `model`.
+
+        Raises:
+            ValueError: no experts module, or an experts module without a router; the message says what was missing.
+        """
+        kind = getattr(model.config, "model_type", type(model).__name__)
+        modules = dict(model.named_modules())
+        classes = _router_classes(model)
+        layers = []
+        for name, experts in modules.items():
+            if not _is_experts(experts):
+                continue
+            parent = name.rpartition(".")[0]
+            siblings = dict(modules[parent].named_children())
+            num_experts = experts.down_proj.shape[0]
+            router_name = _find_router(siblings, classes, num_experts)
+            if router_name is None:
+                raise ValueError(
+                    f"model type {kind!r}: no router beside the experts module {name!r} "
+                    f"(looked among: {', '.join(sorted(siblings))})"
+                )
+            router = siblings[router_name]
+            shared = next((siblings[n] for n in SHARED_NAMES if n in siblings), None)
+            top_k = getattr(router, "top_k", None) or getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+            if top_k is None:
+                raise ValueError(f"model type {kind!r}: router {parent}.{router_name} does not say its top_k")
+            router_path = f"{parent}.{router_name}" if parent else router_name
+            layers.append(
+                MoELayer(_layer_index(name), name, router_path, router, experts, shared, num_experts, int(top_k))
+            )
+        if not layers:
+            raise ValueError(_why_no_experts(model, kind, bool(classes)))
+        return cls(model, layers)
+
+    def __iter__(self) -> Iterator[MoELayer]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def layer(self, index: int) -> MoELayer:
+        """The MoE layer at decoder layer `index`."""
+        for layer in self.layers:
+            if layer.index == index:
+                return layer
+        raise ValueError(f"layer {index} is not an MoE layer; MoE layers: {[layer.index for layer in self.layers]}")
+
+    @property
+    def total_experts(self) -> int:
+        return sum(layer.num_experts for layer in self.layers)
+
+    def router_parameters(self) -> dict[str, nn.Parameter]:
+        """Name in the model -> parameter, for every router."""
+        return {
+            f"{layer.router_name}.{name}": parameter
+            for layer in self.layers
+            for name, parameter in layer.router.named_parameters()
+        }
+
+    def expert_parameters(self) -> dict[str, nn.Parameter]:
+        """Name in the model -> fused parameter [E, ...], for every experts module."""
+        return {
+            f"{layer.experts_name}.{name}": getattr(layer.experts, name)
+            for layer in self.layers
+            for name in expert_tensor_names(layer.experts)
+        }
+
+    @torch.no_grad()
+    def check(self, num_tokens: int = 16) -> Backbone:
+        """Prove the contract on one forward pass of random tokens and identify each router's scoring family.
+
+        Raises:
+            ValueError: a router whose output breaks the contract, or experts called with something else than the
+                router's output. A scoring family that cannot be reproduced is no error (`scoring` stays None):
+                routing can be recorded but not pinned.
+        """
+        routed: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        called: dict[int, tuple[Tensor, ...]] = {}
+        handles = []
+        for layer in self.layers:
+            handles.append(layer.router.register_forward_hook(_keep(routed, layer)))
+            handles.append(layer.experts.register_forward_pre_hook(_keep_call(called, layer), with_kwargs=True))
+        was_training = self.model.training
+        self.model.eval()
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        ids = torch.randint(vocabulary, (2, num_tokens // 2), generator=generator).to(self.model.device)
+        try:
+            self.model(input_ids=ids, use_cache=False)
+        finally:
+            self.model.train(was_training)
+            for handle in handles:
+                handle.remove()
+        for layer in self.layers:
+            _check_layer(layer, routed.get(layer.index), called.get(layer.index), ids.numel())
+        return self
+
+
+def _keep(store: dict[int, tuple[Tensor, Tensor, Tensor]], layer: MoELayer):  # type: ignore[no-untyped-def]
+    def hook(_module: nn.Module, _args: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        store[layer.index] = output
+
+    return hook
+
+
+def _keep_call(store: dict[int, tuple[Tensor, ...]], layer: MoELayer):  # type: ignore[no-untyped-def]
+    def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        store[layer.index] = (*args, *kwargs.values())
+
+    return hook
+
+
+def _check_layer(
+    layer: MoELayer, routed: tuple[Tensor, Tensor, Tensor] | None, called: tuple[Tensor, ...] | None, tokens: int
+) -> None:
+    where = f"layer {layer.index} ({layer.router_name})"
+    if routed is None or called is None:
+        raise ValueError(f"{where}: its {'router' if routed is None else 'experts'} did not run in a forward pass")
+    if not (isinstance(routed, tuple) and len(routed) == 3 and all(isinstance(t, Tensor) for t in routed)):
+        raise ValueError(f"{where}: router must return (logits, top-k weights, top-k index), got {type(routed).__name__}")
+    logits, weights, index = routed
+    found = [tuple(t.shape) for t in routed]
+    wanted = [(tokens, layer.num_experts), (tokens, layer.top_k), (tokens, layer.top_k)]
+    if found != wanted or index.is_floating_point():
+        raise ValueError(f"{where}: router output shapes {found} and index type {index.dtype}, expected {wanted} and integers")
+    if index.min() < 0 or index.max() >= layer.num_experts:
+        raise ValueError(f"{where}: router chose expert {int(index.max())} of {layer.num_experts}")
+    given = [t for t in called if isinstance(t, Tensor)]
+    if not any(t.shape == index.shape and torch.equal(t, index) for t in given if not t.is_floating_point()):
+        raise ValueError(f"{where}: the experts are not called with the router's own indices")
+    layer.scoring = identify(logits, weights, index)
+
+
+def _why_no_experts(model: nn.Module, kind: str, has_router: bool) -> str:
+    lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and n.endswith("experts")]
+    if lists:
+        return (
+            f"model type {kind!r}: experts are a ModuleList ({lists[0]}), not fused 3-D tensors; "
+            "only architectures ported to transformers 5 are supported (remote code is not)"
+        )
+    if has_router:
+        return f"model type {kind!r}: routers found but no fused experts module (3-D down_proj with has_gate, is_transposed)"
+    return f"model type {kind!r}: no router and no experts module found; is it a dense model?"

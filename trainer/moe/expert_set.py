@@ -1,0 +1,137 @@
+"""A set of (layer, expert) with scores: what detection finds, repair trains and the audit checks. Knows no model."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+VERSION = 1
+
+
+@dataclass(frozen=True, order=True)
+class Member:
+    """One expert: decoder-layer index, expert index, its score and the share of bootstrap resamples that select it."""
+
+    layer: int
+    expert: int
+    score: float = 0.0
+    stability: float | None = None
+
+
+@dataclass(frozen=True)
+class ExpertSet:
+    """Experts of one model. `experts_per_layer` maps every MoE layer's index to its number of routed experts.
+
+    Raises:
+        ValueError: a member outside the model, or named twice.
+    """
+
+    members: tuple[Member, ...]
+    experts_per_layer: dict[int, int]
+    model: str = ""
+    about: dict[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for member in self.members:
+            experts = self.experts_per_layer.get(member.layer)
+            if experts is None:
+                raise ValueError(f"layer {member.layer} has no experts; MoE layers: {sorted(self.experts_per_layer)}")
+            if not 0 <= member.expert < experts:
+                raise ValueError(f"expert {member.expert} of layer {member.layer} does not exist: 0..{experts - 1}")
+        if len(self.pairs) != len(self.members):
+            raise ValueError("an expert is named twice")
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(self.members)
+
+    @property
+    def pairs(self) -> frozenset[tuple[int, int]]:
+        return frozenset((m.layer, m.expert) for m in self.members)
+
+    @property
+    def total(self) -> int:
+        """Number of routed experts in the model."""
+        return sum(self.experts_per_layer.values())
+
+    @property
+    def share(self) -> float:
+        """Share of the model's routed experts in this set."""
+        return len(self) / self.total
+
+    def by_layer(self) -> dict[int, list[int]]:
+        """Layer index -> ascending expert indices, only layers with members."""
+        layers: dict[int, list[int]] = {}
+        for layer, expert in sorted(self.pairs):
+            layers.setdefault(layer, []).append(expert)
+        return layers
+
+    def _with(self, pairs: frozenset[tuple[int, int]], *sources: ExpertSet) -> ExpertSet:
+        known = {(m.layer, m.expert): m for source in reversed((self, *sources)) for m in source.members}
+        return replace(self, members=tuple(known[p] for p in sorted(pairs)))
+
+    def __and__(self, other: ExpertSet) -> ExpertSet:
+        return self._with(self.pairs & other.pairs, other)
+
+    def __or__(self, other: ExpertSet) -> ExpertSet:
+        return self._with(self.pairs | other.pairs, other)
+
+    def __sub__(self, other: ExpertSet) -> ExpertSet:
+        return self._with(self.pairs - other.pairs, other)
+
+    def jaccard(self, other: ExpertSet) -> float:
+        """Overlap |A & B| / |A | B|; 1.0 for two empty sets."""
+        union = self.pairs | other.pairs
+        return len(self.pairs & other.pairs) / len(union) if union else 1.0
+
+    def random_like(self, seed: int) -> ExpertSet:
+        """A control set with as many experts in every layer, drawn from the layer's *other* experts where they suffice."""
+        generator = random.Random(seed)
+        members = []
+        for layer, experts in self.by_layer().items():
+            others = [e for e in range(self.experts_per_layer[layer]) if e not in set(experts)]
+            drawn = generator.sample(others, min(len(experts), len(others)))
+            drawn += generator.sample(experts, len(experts) - len(drawn))
+            members += [Member(layer, expert) for expert in sorted(drawn)]
+        return replace(self, members=tuple(members), about={**self.about, "control": "random", "seed": seed})
+
+    def to_json(self) -> str:
+        return json.dumps(
+            {
+                "version": VERSION,
+                "model": self.model,
+                "num_layers": len(self.experts_per_layer),
+                "experts_per_layer": {str(k): v for k, v in sorted(self.experts_per_layer.items())},
+                "share": round(self.share, 6),
+                "about": self.about,
+                "members": [
+                    {"layer": m.layer, "expert": m.expert, "score": m.score, "stability": m.stability} for m in self.members
+                ],
+            },
+            indent=1,
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> ExpertSet:
+        """Read a set written by `to_json`.
+
+        Raises:
+            ValueError: not JSON, another version, or a missing key; the message names the file.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+            if data["version"] != VERSION:
+                raise ValueError(f"version {data['version']}, this release reads version {VERSION}")
+            return cls(
+                members=tuple(Member(m["layer"], m["expert"], m["score"], m["stability"]) for m in data["members"]),
+                experts_per_layer={int(k): int(v) for k, v in data["experts_per_layer"].items()},
+                model=data["model"],
+                about=data["about"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not an expert set: {error}") from error

@@ -1,0 +1,240 @@
+"""Split critical experts out of fused tensors so that exactly they can be trained.
+
+A fused tensor [E, ...] trains all of its experts or none; masking gradients still pays for optimiser state, and weight
+decay moves the "frozen" ones. So the critical experts of a layer get compact parameters [N, ...] of their own while the
+fused tensor stays frozen, untouched. The split forward sorts tokens once and runs grouped matmuls over two disjoint
+ranges, frozen and critical. Because the fused tensor still holds the original experts, switching the split off *is* the
+original model: no second copy.
+
+Shapes: T tokens, S = T x K routed (token, slot) rows, E experts, N critical experts of a layer, D hidden, F intermediate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
+
+from trainer.moe.backbone import Backbone, expert_tensor_names
+from trainer.moe.expert_set import ExpertSet
+
+IMPLEMENTATION = "routealign_split"
+CHILD = "critical"
+
+
+class CriticalExperts(nn.Module):
+    """The trainable copies of a layer's critical experts, weights [N, out, in] whatever the model's own layout.
+
+    Kept in fp32 under a 16-bit model, because bf16 weights swallow small updates; cast to the activations' type on use.
+    PEFT wraps this module's `forward` to add LoRA; its path for a single expert (peft 0.21, `ParamWrapper.get_delta_weight`
+    with num_experts == 1) only knows [out, in], hence the one layout here.
+    """
+
+    def __init__(self, experts: nn.Module, indices: list[int]):
+        super().__init__()
+        self.has_gate, self.has_bias, self.is_transposed = experts.has_gate, experts.has_bias, False
+        self.fused_is_transposed = experts.is_transposed
+        reference = experts.down_proj
+        self.register_buffer("indices", torch.tensor(indices, device=reference.device), persistent=False)
+        # slot of every expert in the sorted order: frozen experts keep their index, critical ones come after all of them
+        slots = torch.arange(reference.shape[0], device=reference.device)
+        slots[self.indices] = reference.shape[0] + torch.arange(len(indices), device=reference.device)
+        self.register_buffer("slot_E", slots, persistent=False)
+        dtype = torch.promote_types(reference.dtype, torch.float32)
+        for name in expert_tensor_names(experts):
+            weights = self._turned(getattr(experts, name).detach()[self.indices]).to(dtype)
+            self.register_parameter(name, nn.Parameter(weights.clone(memory_format=torch.contiguous_format)))
+
+    def _turned(self, weights: Tensor) -> Tensor:
+        """Between the fused tensor's layout and ours; its own inverse. Biases [N, out] have one layout only."""
+        return weights.transpose(-2, -1) if self.fused_is_transposed and weights.ndim == 3 else weights
+
+    def fused_weights(self, name: str) -> Tensor:
+        """The parameter `name` in the layout of the fused tensor."""
+        return self._turned(getattr(self, name))
+
+    def forward(self, rows_SD: Tensor, counts_N: Tensor, apply_gate: Callable[[Tensor], Tensor]) -> Tensor:
+        """Run rows sorted by critical expert; `counts_N` rows belong to each.
+
+        A batch that routes nothing here still touches every parameter (with zero gradient), or sharded engines wait
+        forever for its gradient.
+        """
+        up_name = "gate_up_proj" if self.has_gate else "up_proj"
+        hidden = self._linear(rows_SD, up_name, counts_N)
+        return self._linear(apply_gate(hidden), "down_proj", counts_N)
+
+    def _linear(self, rows: Tensor, name: str, counts_N: Tensor) -> Tensor:
+        weight = getattr(self, name).to(rows.dtype)
+        bias = getattr(self, f"{name}_bias").to(rows.dtype) if self.has_bias else None
+        if rows.shape[0] == 0:
+            out = rows @ weight[0].T
+            return out if bias is None else out + bias[0]
+        bias_S = None if bias is None else bias.repeat_interleave(counts_N, dim=0)
+        offsets_N = counts_N.cumsum(0).to(torch.int32)
+        return _grouped_linear(rows, weight, offsets_N, bias=bias_S)
+
+
+def split_experts_forward(experts: nn.Module, hidden_TD: Tensor, top_k_index_TK: Tensor, top_k_weights_TK: Tensor) -> Tensor:
+    """Experts forward over frozen and critical experts, registered with transformers as `routealign_split`."""
+    critical = getattr(experts, CHILD, None)
+    if critical is None or not experts.split_enabled:
+        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_TD, top_k_index_TK, top_k_weights_TK)
+    num_tokens, top_k = top_k_index_TK.shape
+    num_experts = experts.down_proj.shape[0]
+    slots_E: Tensor = experts.split_slots
+    slots_S, order_S = torch.sort(slots_E[top_k_index_TK.reshape(-1)], stable=True)
+    counts = torch.bincount(slots_S, minlength=num_experts + experts.split_size)
+    counts_E, counts_N = counts[:num_experts], counts[num_experts:]
+    rows_SD = hidden_TD[order_S // top_k]
+    frozen_rows = int(counts_E.sum())
+
+    up_name = "gate_up_proj" if experts.has_gate else "up_proj"
+    apply_gate = experts._apply_gate if experts.has_gate else experts.act_fn
+    frozen_SD = _frozen_linear(experts, rows_SD[:frozen_rows], up_name, counts_E)
+    frozen_SD = _frozen_linear(experts, apply_gate(frozen_SD), "down_proj", counts_E)
+    critical_SD = critical(rows_SD[frozen_rows:], counts_N, apply_gate)
+    out_SD = torch.cat([frozen_SD, critical_SD])
+    if experts.has_post_expert_norm:
+        out_SD = experts.post_expert_norm(out_SD)
+    out_SD = out_SD * top_k_weights_TK.reshape(-1)[order_S].unsqueeze(-1)
+    unsorted_SD = torch.empty_like(out_SD).index_copy(0, order_S, out_SD)
+    return unsorted_SD.view(num_tokens, top_k, -1).sum(1).to(hidden_TD.dtype)
+
+
+def _frozen_linear(experts: nn.Module, rows: Tensor, name: str, counts_E: Tensor) -> Tensor:
+    bias_S = getattr(experts, f"{name}_bias").repeat_interleave(counts_E, dim=0) if experts.has_bias else None
+    offsets_E = counts_E.cumsum(0).to(torch.int32)
+    return _grouped_linear(rows, getattr(experts, name), offsets_E, bias=bias_S, is_transposed=experts.is_transposed)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, split_experts_forward)
+
+
+class SplitModel:
+    """A model whose critical experts are trainable parameters of their own; everything else is frozen.
+
+    Args:
+        backbone: the model's MoE layers.
+        expert_set: the experts to split out.
+        lora_rank: train LoRA of this rank on the critical experts instead of their full weights.
+
+    Raises:
+        ValueError: an empty set, a set of another model, or a model that is split already.
+    """
+
+    def __init__(
+        self, backbone: Backbone, expert_set: ExpertSet, *, lora_rank: int | None = None, lora_alpha: float | None = None
+    ):
+        if len(expert_set) == 0:
+            raise ValueError("expert set is empty: nothing would be trained")
+        shape = {layer.index: layer.num_experts for layer in backbone}
+        if shape != expert_set.experts_per_layer:
+            raise ValueError(f"expert set is for experts per layer {expert_set.experts_per_layer}, the model has {shape}")
+        if any(hasattr(layer.experts, CHILD) for layer in backbone):
+            raise ValueError("the model is split already; fuse it first")
+        self.backbone, self.model, self.expert_set = backbone, backbone.model, expert_set
+        self.lora_rank = lora_rank
+        self._former_implementation = self.model.config._experts_implementation
+        self.model.requires_grad_(False)
+        for index, experts in expert_set.by_layer().items():
+            module = backbone.layer(index).experts
+            critical = CriticalExperts(module, experts)
+            module.split_slots, module.split_size, module.split_enabled = critical.slot_E, len(experts), True
+            module.add_module(CHILD, critical)
+        self.model.set_experts_implementation(IMPLEMENTATION)
+        self._original_routers = {n: p.detach().clone() for n, p in backbone.router_parameters().items()}
+        if lora_rank is not None:
+            self._add_lora(lora_rank, lora_alpha if lora_alpha is not None else 2.0 * lora_rank)
+
+    def _add_lora(self, rank: int, alpha: float) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        names = ["gate_up_proj" if next(iter(self._split_layers()))[1].has_gate else "up_proj", "down_proj"]
+        for _, critical in self._split_layers():
+            critical.requires_grad_(False)
+        config = LoraConfig(
+            r=rank, lora_alpha=alpha, target_modules=[], target_parameters=[f"{CHILD}.{name}" for name in names]
+        )
+        inject_adapter_in_model(config, self.model)
+
+    def _split_layers(self) -> Iterator[tuple[nn.Module, CriticalExperts]]:
+        for index in self.expert_set.by_layer():
+            experts = self.backbone.layer(index).experts
+            critical = getattr(experts, CHILD)
+            while not isinstance(critical, CriticalExperts):  # PEFT nests one wrapper per adapted parameter
+                critical = critical.base_layer
+            yield experts, critical
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter of everything that trains on the critical experts (full weights or LoRA)."""
+        wanted = "lora_" if self.lora_rank is not None else f".{CHILD}."
+        return {n: p for n, p in self.model.named_parameters() if f".{CHILD}." in n and wanted in n}
+
+    def train_experts(self) -> None:
+        """Let gradients reach the critical experts and nothing else."""
+        self.model.requires_grad_(False)
+        for parameter in self.trainable().values():
+            parameter.requires_grad_(True)
+
+    def train_routers(self) -> None:
+        """Let gradients reach the routers and nothing else."""
+        self.model.requires_grad_(False)
+        for parameter in self.backbone.router_parameters().values():
+            parameter.requires_grad_(True)
+
+    @contextmanager
+    def original(self, *, experts: bool = True, routers: bool = True) -> Iterator[Backbone]:
+        """Run the unrepaired model inside: original experts and, where they moved, original routers. No gradients."""
+        current = self.backbone.router_parameters()
+        kept = {n: p.detach().clone() for n, p in current.items()} if routers else {}
+        split = [experts_module for experts_module, _ in self._split_layers()] if experts else []
+        for module in split:
+            module.split_enabled = False
+        try:
+            with torch.no_grad():
+                for name in kept:
+                    current[name].data.copy_(self._original_routers[name])
+                yield self.backbone
+        finally:
+            for module in split:
+                module.split_enabled = True
+            for name, value in kept.items():
+                current[name].data.copy_(value)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the repair may have changed: trained expert parameters and all routers, on the CPU."""
+        state = {**self.trainable(), **self.backbone.router_parameters()}
+        return {name: parameter.detach().cpu().clone() for name, parameter in state.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore `state_dict`.
+
+        Raises:
+            ValueError: names or shapes differ from this split.
+        """
+        mine = {**self.trainable(), **self.backbone.router_parameters()}
+        if set(mine) != set(state):
+            raise ValueError(f"saved state is of another split: {sorted(set(mine) ^ set(state))[:4]} ... differ")
+        for name, parameter in mine.items():
+            parameter.copy_(state[name])
+
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """Write the critical experts back into the fused tensors and remove the split. The model is stock again."""
+        for experts, critical in self._split_layers():
+            outer = getattr(experts, CHILD)
+            while outer is not critical:
+                outer.merge()
+                outer = outer.base_layer
+            for name in expert_tensor_names(critical):
+                fused = getattr(experts, name)
+                fused.data[critical.indices] = critical.fused_weights(name).to(fused.dtype)
+            delattr(experts, CHILD)
+            del experts.split_slots, experts.split_size, experts.split_enabled
+        if hasattr(self.model, "peft_config"):  # left behind by PEFT's injection; save_pretrained would act on it
+            del self.model.peft_config
+        self.model.set_experts_implementation(self._former_implementation)
