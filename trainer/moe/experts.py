@@ -173,10 +173,10 @@ class SplitModel:
         wanted = "lora_" if self.lora_rank is not None else f".{CHILD}."
         return {n: p for n, p in self.model.named_parameters() if f".{CHILD}." in n and wanted in n}
 
-    def train_experts(self) -> None:
-        """Let gradients reach the critical experts and nothing else."""
+    def train_experts(self, *, routers: bool = False) -> None:
+        """Let gradients reach the critical experts (and, if asked, the routers) and nothing else."""
         self.model.requires_grad_(False)
-        for parameter in self.trainable().values():
+        for parameter in [*self.trainable().values(), *(self.backbone.router_parameters().values() if routers else ())]:
             parameter.requires_grad_(True)
 
     def train_routers(self) -> None:
@@ -193,12 +193,15 @@ class SplitModel:
         split = [experts_module for experts_module, _ in self._split_layers()] if experts else []
         for module in split:
             module.split_enabled = False
+        was_training = self.model.training
+        self.model.eval()  # the original is a reference: no dropout, no router jitter
         try:
             with torch.no_grad():
                 for name in kept:
                     current[name].data.copy_(self._original_routers[name])
                 yield self.backbone
         finally:
+            self.model.train(was_training)
             for module in split:
                 module.split_enabled = True
             for name, value in kept.items():

@@ -1,0 +1,1 @@
+"""Find the experts that successful jailbreaks activate: pairs, spans, counts, scores, selection."""

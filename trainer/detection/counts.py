@@ -1,0 +1,120 @@
+"""Activation counts: on how many counted tokens the router chose each expert, adversarial against anchor.
+
+One teacher-forced batched forward records the indices the routers returned; generation is not involved.
+
+Shapes: P pairs, L MoE layers, E experts, T tokens (batch x positions), K chosen experts per token, B sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from trainer.console import progress
+from trainer.detection.pairs import Pair
+from trainer.chat import ChatTurn, Tokens, batches, encode, pad_id
+from trainer.moe.backbone import Backbone
+from trainer.moe.routing import record
+
+
+@dataclass(frozen=True)
+class Side:
+    """Counts of one side of the pairs: hits [P, L, E] (int64), gate mass [P, L, E] (float64), tokens [P] (int64)."""
+
+    hits_PLE: NDArray[np.int64]
+    mass_PLE: NDArray[np.float64]
+    tokens_P: NDArray[np.int64]
+
+    def take(self, rows: NDArray[np.int64]) -> Side:
+        return Side(self.hits_PLE[rows], self.mass_PLE[rows], self.tokens_P[rows])
+
+    def active(self) -> NDArray[np.int64]:
+        """Tokens on which each expert is active, pooled over pairs, [L, E]."""
+        return self.hits_PLE.sum(0)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.tokens_P.sum())
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Both sides of the pairs, with the decoder-layer index and the number of experts of every MoE layer.
+
+    Layers may differ in their number of experts; E is the largest and the surplus columns stay zero.
+    """
+
+    adversarial: Side
+    anchor: Side
+    layers: list[int]
+    experts: list[int]
+
+    def __len__(self) -> int:
+        return len(self.adversarial.tokens_P)
+
+    def take(self, rows: NDArray[np.int64]) -> Counts:
+        """The counts of the given pairs, repeats allowed (bootstrap)."""
+        return Counts(self.adversarial.take(rows), self.anchor.take(rows), self.layers, self.experts)
+
+    def frame(self) -> pd.DataFrame:
+        """Rows of `activations.parquet`: a = active, d = not active; 1 = adversarial, 2 = anchor (SteerMoE's names)."""
+        a1_LE, a2_LE = self.adversarial.active(), self.anchor.active()
+        rows = [
+            (layer, e, a1_LE[i, e], self.adversarial.tokens - a1_LE[i, e], a2_LE[i, e], self.anchor.tokens - a2_LE[i, e])
+            for i, layer in enumerate(self.layers)
+            for e in range(self.experts[i])
+        ]
+        return pd.DataFrame(rows, columns=["layer", "expert", "a1", "d1", "a2", "d2"])
+
+
+def count_activations(
+    backbone: Backbone, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], tokens: Tokens, batch_size: int
+) -> Counts:
+    """Count expert activations of every pair on the tokens named by `tokens`."""
+    adversarial = [encode(tokenizer, p.adversarial_prompt, p.adversarial_reply) for p in pairs]
+    anchor = [encode(tokenizer, p.goal.text, p.anchor_reply) for p in pairs]
+    return Counts(
+        _count(backbone, adversarial, tokens, batch_size, pad_id(tokenizer), "adversarial activations"),
+        _count(backbone, anchor, tokens, batch_size, pad_id(tokenizer), "anchor activations"),
+        [layer.index for layer in backbone],
+        [layer.num_experts for layer in backbone],
+    )
+
+
+@torch.inference_mode()
+def _count(
+    backbone: Backbone, turns: Sequence[ChatTurn], tokens: Tokens, batch_size: int, padding: int, label: str
+) -> Side:
+    width = max(layer.num_experts for layer in backbone)
+    hits_PLE = np.zeros((len(turns), len(backbone), width), np.int64)
+    mass_PLE = np.zeros((len(turns), len(backbone), width), np.float64)
+    tokens_P = np.zeros(len(turns), np.int64)
+    model = backbone.model.eval()
+    for rows, batch in progress(list(batches(turns, padding, batch_size)), label):
+        batch = batch.to(model.device)
+        span_BS = batch.span(tokens)
+        with record(backbone) as trace:
+            model(input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS, use_cache=False, logits_to_keep=1)
+        tokens_P[rows] = span_BS.sum(1).cpu().numpy()
+        for i, layer in enumerate(backbone):
+            index, weights = trace.index_TK[layer.index], trace.weights_TK[layer.index]
+            hits_PLE[rows, i] = per_sequence(index, torch.ones_like(weights), span_BS, width).long().cpu().numpy()
+            mass_PLE[rows, i] = per_sequence(index, weights, span_BS, width).cpu().numpy()
+    return Side(hits_PLE, mass_PLE, tokens_P)
+
+
+def per_sequence(index_TK: Tensor, value_TK: Tensor, span_BS: Tensor, num_experts: int) -> Tensor:
+    """Sum `value_TK` by (sequence, expert) over the tokens of a span, [B, E] in fp64; padding is never in a span."""
+    num_sequences, length = span_BS.shape
+    masked_TK = value_TK.double() * span_BS.reshape(-1, 1)
+    sequence_T1 = torch.arange(num_sequences, device=index_TK.device).repeat_interleave(length).unsqueeze(1)
+    flat_TK = sequence_T1 * num_experts + index_TK.long()
+    sums = torch.zeros(num_sequences * num_experts, dtype=torch.float64, device=index_TK.device)
+    return sums.index_add_(0, flat_TK.reshape(-1), masked_TK.reshape(-1)).view(num_sequences, num_experts)

@@ -1,0 +1,108 @@
+"""Did the model keep what it could do? Two metrics on a task's reference answers.
+
+Shape suffixes: B rows, T positions (left-padded), A positions of the longest answer, V vocabulary.
+"""
+
+import re
+import unicodedata
+from decimal import Decimal
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from data_prep.errors import UserError, unknown
+from data_prep.schema import Task
+from trainer.console import progress
+from trainer.evaluation.generation import chat_prompt_ids, evaluating, left_pad, pad_id_of, reply, require_room
+from trainer.evaluation.metrics import Rate, from_counts, from_flags
+
+_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
+_CHOICE = re.compile(r"(?:^|\banswer(?: is)?:? ?|\boption )\W*([A-Z])\b(?=\W|$)", re.IGNORECASE)
+
+
+def score(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, *, max_new_tokens: int, batch_size: int
+) -> Rate:
+    """Score of one task. `exact_match`: share of prompts answered right (`matches`); n = prompts.
+
+    `token_accuracy`: share of reference answer tokens that are the model's first choice given the chat prompt and the
+    reference up to there (teacher-forced, no generation); n = answer tokens, padding and prompt not counted.
+    Raises `UserError` naming the task for a prompt without answer, an unknown metric, or no prompts at all.
+    """
+    missing = [prompt.id for prompt in task.prompts if not (prompt.answer and prompt.answer.strip())]
+    if missing:
+        raise UserError(f"capability task '{task.name}': prompt '{missing[0]}' has no answer ({len(missing)} without)")
+    if task.metric == "token_accuracy":
+        return _token_accuracy(model, tokenizer, task, batch_size)
+    if task.metric != "exact_match":
+        raise unknown(f"metric of capability task '{task.name}'", task.metric, ["exact_match", "token_accuracy"])
+    texts = [prompt.text for prompt in task.prompts]
+    label = f"capability {task.name}"
+    replies = reply(model, tokenizer, texts, max_new_tokens=max_new_tokens, batch_size=batch_size, label=label)
+    pairs = zip(replies, task.prompts, strict=True)
+    return from_flags((matches(text, cast(str, prompt.answer)) for text, prompt in pairs), name=label)
+
+
+def matches(text: str, answer: str) -> bool:
+    """Whether a reply gives the reference answer.
+
+    A number must be the last number of the reply, equal in value ("1,200" = "1200.0"), as GSM8K is commonly scored. A
+    single capital letter must be the choice that opens the reply or follows "answer (is)". Any other answer must occur
+    in the reply as whole words after normalisation (case, punctuation, articles, Unicode form): chat models wrap
+    a correct answer in a sentence, so demanding the bare string would score the wrapping.
+    """
+    wanted = answer.strip()
+    if _NUMBER.fullmatch(wanted):
+        numbers = _NUMBER.findall(text)
+        return bool(numbers) and _value(numbers[-1]) == _value(wanted)
+    if re.fullmatch(r"[A-Z]", wanted):
+        choice = _CHOICE.search(text.strip())
+        return bool(choice) and cast(re.Match[str], choice).group(1).upper() == wanted
+    needle = _words(wanted)
+    return bool(needle) and f" {needle} " in f" {_words(text)} "
+
+
+def _value(number: str) -> Decimal:
+    return Decimal(number.replace(",", ""))
+
+
+def _words(text: str) -> str:
+    bare = re.sub(r"[^\w\s]", " ", unicodedata.normalize("NFKC", text).lower())
+    return " ".join(word for word in bare.split() if word not in {"a", "an", "the"})
+
+
+@torch.inference_mode()
+def _token_accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, batch_size: int) -> Rate:
+    label = f"capability {task.name}"
+    prompts = chat_prompt_ids(tokenizer, [prompt.text for prompt in task.prompts])
+    answers = [tokenizer(cast(str, p.answer).strip(), add_special_tokens=False)["input_ids"] for p in task.prompts]
+    rows = [(asked, cast(list[int], answer)) for asked, answer in zip(prompts, answers, strict=True)]
+    require_room(model, [len(asked) + len(answer) for asked, answer in rows], 0)
+    rows.sort(key=lambda row: len(row[0]) + len(row[1]), reverse=True)
+    right = total = 0
+    with evaluating(model):
+        for start in progress(range(0, len(rows), batch_size), label):
+            batch = rows[start : start + batch_size]
+            hits, counted = _answer_hits(model, batch, pad_id_of(tokenizer))
+            right, total = right + hits, total + counted
+    return from_counts(right, total, name=label)
+
+
+def _answer_hits(model: PreTrainedModel, batch: list[tuple[list[int], list[int]]], pad_id: int) -> tuple[int, int]:
+    ids_BT, mask_BT = left_pad([asked + answer for asked, answer in batch], pad_id, model.device)
+    longest = max(len(answer) for _, answer in batch)
+    # Left padding puts every answer at the end, so logits of the whole prompt (and their memory) are never made.
+    outputs = cast(Any, model)(
+        input_ids=ids_BT,
+        attention_mask=mask_BT,
+        position_ids=(mask_BT.cumsum(-1) - 1).clamp(min=0),
+        use_cache=False,
+        logits_to_keep=longest + 1,
+    )
+    logits_BAV: Tensor = outputs.logits[:, :-1]
+    lengths_B1 = torch.tensor([[len(answer)] for _, answer in batch], device=ids_BT.device)
+    counted_BA = torch.arange(longest, 0, -1, device=ids_BT.device).unsqueeze(0) <= lengths_B1
+    hits_BA = (logits_BAV.argmax(-1) == ids_BT[:, -longest:]) & counted_BA
+    return int(hits_BA.sum()), int(counted_BA.sum())

@@ -1,0 +1,139 @@
+"""Greedy replies of a chat model, batched by length.
+
+Shape suffixes: B rows of a batch, T token positions (prompt, left-padded), N generated positions.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from data_prep.errors import UserError
+from trainer.console import progress
+
+
+def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `UserError` where the tokenizer cannot render a chat: a guessed format would measure another model."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"tokenizer '{tokenizer.name_or_path or type(tokenizer).__name__}' has no chat template; "
+            "use an instruction-tuned checkpoint or add chat_template.jinja to its folder"
+        )
+
+
+def chat_prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each prompt as a single user turn, up to and with the tokens that open the assistant's turn."""
+    require_chat_template(tokenizer)
+    texts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True)
+        for p in prompts
+    ]
+    # The template already writes BOS and role tokens; the tokenizer's own would double them.
+    return cast(list[list[int]], tokenizer(texts, add_special_tokens=False)["input_ids"]) if texts else []
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`(ids_BT, mask_BT)` of rows padded on the left to the longest; the mask is 1 on real tokens. int64 both."""
+    width = max(len(row) for row in rows)
+    ids_BT = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask_BT = torch.zeros((len(rows), width), dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids_BT[index, width - len(row) :] = torch.tensor(row, dtype=torch.long)
+        mask_BT[index, width - len(row) :] = 1
+    return ids_BT.to(device), mask_BT.to(device)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module in eval mode, and each back to its own former mode afterwards (also after an error)."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@torch.inference_mode()
+def reply(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    label: str,
+) -> list[str]:
+    """Greedy reply to each prompt (one user turn), in the order given, without special tokens and outer spaces.
+
+    The longest prompts go first, so that lack of memory shows at once. `label` names the progress bar. Raises
+    `UserError` for a tokenizer without chat template and for prompts that leave no room for `max_new_tokens`.
+    """
+    if max_new_tokens < 1 or batch_size < 1:
+        raise UserError(f"max_new_tokens and batch_size must be 1 or more, got {max_new_tokens} and {batch_size}")
+    rows = chat_prompt_ids(tokenizer, prompts)
+    require_room(model, [len(row) for row in rows], max_new_tokens)
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True)
+    starts = range(0, len(order), batch_size)
+    replies = [""] * len(rows)
+    with evaluating(model), _only_greedy(model, tokenizer, max_new_tokens) as config:
+        for start in progress(starts, label) if rows else starts:
+            batch = order[start : start + batch_size]
+            ids_BT, mask_BT = left_pad([rows[index] for index in batch], cast(int, config.pad_token_id), model.device)
+            generate = cast(Any, model).generate
+            out_BTN: Tensor = generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=config)
+            texts = tokenizer.batch_decode(out_BTN[:, ids_BT.shape[1] :], skip_special_tokens=True)
+            for index, text in zip(batch, texts, strict=True):
+                replies[index] = text.strip()
+    return replies
+
+
+def require_room(model: PreTrainedModel, lengths: Sequence[int], new_tokens: int) -> None:
+    """Raise `UserError` where a prompt of `lengths` tokens plus `new_tokens` exceeds the model's positions."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    too_long = [index for index, length in enumerate(lengths) if limit is not None and length + new_tokens > limit]
+    if too_long:
+        raise UserError(
+            f"{len(too_long)} of {len(lengths)} prompts leave no room for {new_tokens} new tokens in the model's "
+            f"{limit} positions; the first is prompt {too_long[0]} (0-based) with {lengths[too_long[0]]} tokens"
+        )
+
+
+def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad with: the tokenizer's pad, else its EOS, else 0; padding is masked, so the choice cannot show."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(int(cast(int, token)) for token in candidates if token is not None)
+
+
+@contextmanager
+def _only_greedy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
+) -> Iterator[GenerationConfig]:
+    # `generate` fills what a config leaves open from the checkpoint's own defaults (temperature, repetition penalty),
+    # which would warn or bend greedy decoding; so those defaults are put aside meanwhile.
+    shipped = cast(GenerationConfig, model.generation_config)
+    config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad_id_of(tokenizer),
+        bos_token_id=shipped.bos_token_id,
+        eos_token_id=_stop_ids(shipped, tokenizer),
+    )
+    model.generation_config = config
+    try:
+        yield config
+    finally:
+        model.generation_config = shipped
+
+
+def _stop_ids(shipped: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    # Chat models often end a turn with another token than the tokenizer's EOS; only the shipped config lists both.
+    own = shipped.eos_token_id
+    listed = [] if own is None else list(own) if isinstance(own, (list, tuple)) else [own]
+    stops = {*listed, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
+    return sorted(int(cast(int, token)) for token in stops) or None

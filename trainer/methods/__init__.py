@@ -1,0 +1,1 @@
+"""One file per seed system, reading top to bottom like its paper."""

@@ -1,0 +1,276 @@
+"""RASA: routing-aware safety alignment of Mixture-of-Experts models (arXiv 2602.04448).
+
+    1. Identify the safety-critical experts: activated more by successful jailbreaks than by the same goals, refused.
+    2. Repair those experts alone, everything else frozen.
+    3. Train the routers alone, so that a jailbroken prompt routes like its refused twin.
+    Alternate 2 and 3: min over the router of L_router, at the experts that minimise L_SFT under that router.
+
+Where we differ from the paper, and why, stands in docs/rasa.md; `recipes/*/rasa-faithful.yaml` is the paper's setting.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, set_seed
+
+from trainer.console import say
+from trainer.detection.counts import Counts, count_activations
+from trainer.detection.pairs import PairReport, build_pairs
+from trainer.detection.scores import score, stability
+from trainer.detection.selection import resolve_k, top_k
+from trainer.evidence import diagnose, export_and_audit, measure, print_summary, random_control
+from trainer.moe.expert_set import ExpertSet, Member
+from trainer.moe.experts import SplitModel
+from trainer.moe.trained import Trained, WholeModel
+from trainer.recipe import Recipe
+from trainer.reporting import html, plots
+from trainer.run import Run, Stage
+from trainer.run_files import atomic_write
+from trainer.stages.consistency import ConsistencyOptions, make_routing_consistent
+from trainer.stages.repair import RepairOptions, Row, repair_experts
+from trainer.stages.rows import Mix, Target, consistency_rows, repair_rows
+from trainer.stages.watch import StageResult
+from trainer.subject import Subject
+
+
+def run(recipe: Recipe, run: Run) -> None:
+    """The whole method, from the base model to the repaired checkpoint and its evidence."""
+    subject = Subject.of(recipe)
+    before, _ = measure(run, "evaluate-before", subject)
+    training, last = alternate(subject, run)
+    after, measured = measure(run, "evaluate-after", subject, [last])
+    diagnostics, _ = diagnose(run, subject, training.trained, after, training.texts, [last, measured])
+    audit = export_and_audit(run, subject, training.trained, training.may_move, [last])
+    control = {}
+    if recipe.evaluate.random_control and recipe.repair.scope == "experts":
+        control = random_control(run, subject, training.experts, training.elsewhere, training.inputs("control"), [last])
+    moved = ("experts_changed", "experts_total", "gate_weights_changed", "untouched_identical")
+    diagnostics |= {key: audit[key] for key in moved} | {"random_control": control}
+    evaluation = {"before": before, "after": after, "diagnostics": diagnostics}
+    atomic_write(run.dir / "evaluation.json", json.dumps(evaluation, indent=1))
+    print_summary(evaluation, recipe)
+    say(f"report: {html.write(run.dir)}")
+
+
+def detect(recipe: Recipe, run: Run) -> None:
+    """Step 1 alone: up to the expert set, with the activations and the heat map."""
+    identified = identify(Subject.of(recipe), run)
+    say(f"{len(identified.experts)} of {identified.experts.total} experts: {run.dir / 'expert_set.json'}")
+
+
+def export(recipe: Recipe, run: Run) -> None:
+    """Write the checkpoint of a run again, training what is not trained yet."""
+    subject = Subject.of(recipe)
+    training, last = alternate(subject, run)
+    export_and_audit(run, subject, training.trained, training.may_move, [last])
+    say(f"checkpoint: {run.dir / 'model'}")
+
+
+# --- 1. identification ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Identified:
+    """The critical experts, the jailbreaks that showed them and the refusals they should have met."""
+
+    experts: ExpertSet
+    targets: list[Target]
+    refusals: dict[str, str]
+    stage: Stage
+
+
+def identify(subject: Subject, run: Run) -> Identified:
+    """Pairs, activation counts, scores, top-K. Kept in the run folder; adversarial replies are not."""
+    recipe = subject.recipe
+    stage = run.stage("detect", recipe.hash("model", "data", "detect", "run.seed", "evaluate.refusal_markers"))
+    files = [run.dir / name for name in ("pairs.jsonl", "activations.parquet", "expert_set.json", "expert_set.png")]
+    if not stage.done:
+        found = build_pairs(
+            subject.corpus.harmful.train,
+            subject.corpus.wrappers_of("seen"),
+            subject.replies_of(subject.model),
+            subject.judge,
+            recipe.detect.max_pairs,
+        )
+        counts = count_activations(
+            subject.backbone, subject.tokenizer, found.pairs, recipe.detect.tokens, recipe.detect.batch_size
+        )
+        experts = select(subject, counts)
+        _write_detection(files, found, counts, experts, subject)
+        stage.finish(files)
+    rows = [json.loads(line) for line in files[0].read_text().splitlines()]
+    goals = {goal.id: goal for goal in subject.corpus.harmful.train}
+    wrappers = {wrapper.id: wrapper for wrapper in subject.corpus.wrappers}
+    return Identified(
+        ExpertSet.load(files[2]),
+        [Target(goals[r["goal"]], wrappers[r["wrapper"]], r["anchor_reply"]) for r in rows if r["outcome"] == "kept"],
+        {r["goal"]: r["anchor_reply"] for r in rows if r["outcome"] == "anchor_refused"},
+        stage,
+    )
+
+
+def select(subject: Subject, counts: Counts) -> ExpertSet:
+    """The sorted global top-K of the scores, or the matched random set when the recipe asks for the control."""
+    detect, seed = subject.recipe.detect, subject.recipe.run.seed
+    k = resolve_k(detect.top_k, sum(counts.experts), detect.per_layer_cap, len(counts.layers))
+    scores_LE = score(counts, detect.score, detect.pool)
+    stability_LE = stability(counts, detect.score, detect.pool, k, detect.per_layer_cap, detect.bootstrap, seed)
+    members = [
+        Member(counts.layers[i], e, float(scores_LE[i, e]), float(stability_LE[i, e]) if detect.bootstrap else None)
+        for i, e in top_k(scores_LE, counts.experts, k, detect.per_layer_cap)
+    ]
+    about = {"score": detect.score, "pool": detect.pool, "tokens": detect.tokens, "pairs": len(counts)}
+    sizes = dict(zip(counts.layers, counts.experts, strict=True))
+    experts = ExpertSet(tuple(members), sizes, subject.recipe.model.name_or_path, about)
+    return experts.random_like(seed) if detect.selection == "random" else experts
+
+
+def _write_detection(
+    files: list[Path], found: PairReport, counts: Counts, experts: ExpertSet, subject: Subject
+) -> None:
+    detect = subject.recipe.detect
+    pairs, activations, expert_set, heat_map = files
+    atomic_write(pairs, found.jsonl())
+    frame = counts.frame()
+    scores_LE = score(counts, detect.score, detect.pool)
+    frame["score"] = np.concatenate([scores_LE[i, :n] for i, n in enumerate(counts.experts)])
+    frame.to_parquet(activations, index=False)
+    atomic_write(expert_set, experts.to_json())
+    plots.save_heat_map(frame, experts.pairs, heat_map)
+    kept = found.counts().get("kept", 0)
+    say(f"detect: {kept} pairs kept of {len(found.rows)} rows; {len(experts)} of {experts.total} experts selected")
+
+
+# --- 2. and 3. expert repair and routing consistency, alternating -----------------------------------------------------
+
+
+def alternate(subject: Subject, run: Run) -> tuple[Training, Stage]:
+    """Identify once, then expert repair and routing consistency in turn; what was done before is taken up."""
+    identified = identify(subject, run)
+    training = Training(subject, under_repair(subject, identified.experts), identified)
+    last = identified.stage
+    for number, (round_, kind) in enumerate(schedule(subject.recipe), start=1):
+        last = in_run_folder(run, f"{kind}-{round_}", number, training, kind, last)
+    return training, last
+
+
+def under_repair(subject: Subject, experts: ExpertSet) -> Trained:
+    """The model with its critical experts split out, or whole for the full fine-tuning baseline."""
+    repair = subject.recipe.repair
+    if repair.scope == "full":
+        return WholeModel(subject.backbone)
+    return SplitModel(subject.backbone, experts, lora_rank=repair.lora_rank, lora_alpha=repair.lora_alpha)
+
+
+def schedule(recipe: Recipe) -> list[tuple[int, str]]:
+    """(round, stage) in the order they run."""
+    kinds = [kind for kind in recipe.schedule.order if kind != "consistency" or recipe.consistency.enabled]
+    return [(round_, kind) for round_ in range(1, recipe.schedule.rounds + 1) for kind in kinds]
+
+
+@dataclass
+class Training:
+    """The stages of one repair; the rows are made once, on first use, from the original model's replies."""
+
+    subject: Subject
+    trained: Trained
+    identified: Identified
+    _rows: list[Row] | None = None
+
+    @property
+    def experts(self) -> ExpertSet:
+        return self.identified.experts
+
+    @property
+    def may_move(self) -> ExpertSet | None:
+        """The experts that training was allowed to change; None: everything."""
+        return None if self.subject.recipe.repair.scope == "full" else self.experts
+
+    @property
+    def stages(self) -> dict[str, Callable[[Path], StageResult]]:
+        return {"repair": self.repair, "consistency": self.consistency}
+
+    def repair(self, folder: Path) -> StageResult:
+        """Minimise L_SFT over the critical experts at the present router."""
+        section = self.subject.recipe.repair
+        options = RepairOptions(section.routing, section.train_gates, section.retain_weight, section.retain_loss)
+        return repair_experts(
+            self.trained, self.subject.tokenizer, self.rows(), options, section.trainer_args, folder, self._seed
+        )
+
+    def consistency(self, folder: Path) -> StageResult:
+        """Minimise L_router over the routers at the present experts."""
+        section = self.subject.recipe.consistency
+        options = ConsistencyOptions(
+            section.position, section.direction, section.temperature, section.target, section.benign_weight
+        )
+        rows = consistency_rows(self.identified.targets, self.rows())
+        return make_routing_consistent(
+            self.trained, self.subject.tokenizer, rows, options, section.trainer_args, folder, self._seed
+        )
+
+    def rows(self) -> list[Row]:
+        """Rows of the repair stage, from the original model's own replies."""
+        if self._rows is None:
+            with self.trained.original() as original:
+                self._rows = self._answered_by(original.model)
+        return self._rows
+
+    def _answered_by(self, original: PreTrainedModel) -> list[Row]:
+        section = self.subject.recipe.repair
+        return repair_rows(
+            self.identified.targets,
+            self.identified.refusals,
+            self.subject.corpus,
+            Mix(section.wrapped_benign, section.plain_benign, section.borderline, section.anchors, section.recombined),
+            self.subject.replies_of(original),
+            self.subject.judge,
+            self._seed,
+        )
+
+    def texts(self) -> list[tuple[str, str]]:
+        """Up to 64 jailbroken and 64 harmless (prompt, reply) texts on which routing drift is measured."""
+        rows = self.rows()
+        jailbreaks = [(row.prompt, row.reply) for row in rows if row.source == "jailbreak"][:64]
+        return jailbreaks + [(row.prompt, row.reply) for row in rows if row.stream == "retain"][:64]
+
+    def elsewhere(self, subject: Subject, experts: ExpertSet) -> None:
+        """The whole schedule again, same rows and seed, on other experts of a fresh copy of the model."""
+        rows = self._rows or self._answered_by(subject.model)
+        control = Training(subject, under_repair(subject, experts), self.identified, rows)
+        for _, kind in schedule(subject.recipe):
+            control.stages[kind](Path(subject.recipe.folder) / "stages" / "control")
+
+    def inputs(self, kind: str) -> str:
+        """Hash of the recipe's parts that a stage depends on, besides the stages before it."""
+        own = {"repair": ["repair"], "consistency": ["repair", "consistency"]}
+        sections = own.get(kind, ["repair", "consistency", "schedule", "evaluate"])
+        return self.subject.recipe.hash("model", "data", "run.seed", *sections)
+
+    @property
+    def _seed(self) -> int:
+        return self.subject.recipe.run.seed
+
+
+def in_run_folder(run: Run, name: str, number: int, training: Training, kind: str, before: Stage) -> Stage:
+    """Train a stage and keep its weights, or take them up where the stage was done before."""
+    stage = run.stage(name, training.inputs(kind), after=[before])
+    folder = run.stage_dir(number, name)
+    state, log, sizes = folder / "state.safetensors", folder / "log.json", folder / "parameters.json"
+    if stage.done:
+        training.trained.load_state_dict(load_file(state))
+        return stage
+    set_seed(run.recipe.run.seed + number)
+    result = training.stages[kind](folder)
+    save_file(training.trained.state_dict(), state)
+    atomic_write(log, json.dumps(result.log, indent=1))
+    counts = {"trained_parameters": result.trained_parameters, "total_parameters": result.total_parameters}
+    atomic_write(sizes, json.dumps(counts))
+    stage.finish([state, log, sizes])
+    return stage

@@ -1,0 +1,87 @@
+"""`write(run_dir)`: one self-contained `report.html`, made from the artefacts of a run folder and nothing else.
+
+What is read, all but the first optional; keys that a file lacks are left out of the report or named as missing:
+
+- `evaluation.json`: `{"before": M, "after": M, "diagnostics": D}` as in docs/architecture.md. Of D: `router_restore_gap`,
+  `topk_flip_rate`, `gate_weights_changed` (share), `experts_changed`, `experts_total`, `untouched_identical`,
+  `random_control` and `full_finetuning` (each M or a part of it), `drift_per_layer` [{layer, flip_rate, kl}],
+  `parameters` {trained, total}, `cost` {name: number or text}.
+- `recipe.yaml`, shown as it is; `manifest.json`: name, created, seed, versions {name: version},
+  stages {name: {status, seconds, peak_memory_mb, peak_gpu_memory_mb}}.
+- `pairs.jsonl`: one row per goal or pair with `outcome` (and `wrapper`); only counts are shown, never a text.
+- `activations.parquet`: columns layer, expert, score, ...; `expert_set.json`: `num_layers`, `experts_per_layer` or
+  `num_experts`, `members` [{layer, expert, score, stability}].
+- `stages/<n>-<name>/log.json`: the trainer's log_history; `parameters.json`: {trained_parameters, total_parameters}.
+- `audit.json`: flat, name to value; `moved_outside` a list of tensor names, `reload_ok` a truth value.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from trainer.reporting import plots, sections
+from trainer.reporting.artefacts import Artefacts, read
+from trainer.reporting.figures import Figure, collect, control_metrics
+from trainer.reporting.verdict import cautions, headline
+
+_TEMPLATE = "report.html.j2"
+
+
+def write(run_dir: Path) -> Path:
+    """Write `report.html` into the run folder and return its path.
+
+    Raises `UserError` where `evaluation.json` is absent or an artefact that is present cannot be read.
+    """
+    run = read(Path(run_dir))
+    path = run.folder / "report.html"
+    partial = path.with_name("report.html.partial")
+    partial.write_text(_render(run), encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def _render(run: Artefacts) -> str:
+    figures = collect(run.evaluation)
+    verdict, sentence = headline(figures)
+    template = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template(_TEMPLATE)
+    return template.render(
+        title=run.manifest.get("name") or run.folder.resolve().name,
+        about=sections.about(run),
+        verdict=verdict,
+        sentence=sentence,
+        cautions=cautions(run, figures),
+        controls=list(control_metrics(run.evaluation)),
+        rows=[sections.table_row(figure) for figure in figures],
+        changed=sections.what_changed(run),
+        experts=sections.experts_by_layer(run),
+        pairs=sections.pairs(run),
+        costs=sections.costs(run),
+        audit=sections.audit(run),
+        recipe=run.recipe_text,
+        versions=run.manifest.get("versions") or {},
+        missing=sorted(run.missing),
+        charts={name: Markup(svg) if svg else None for name, svg in _charts(run, figures).items()},
+    )
+
+
+def _charts(run: Artefacts, figures: list[Figure]) -> dict[str, str | None]:
+    shown = [figure for figure in figures if not figure.key.startswith(("asr.", "benign_wrapped_by_role."))]
+    drift: list[dict[str, Any]] = run.diagnostics.get("drift_per_layer") or []
+    scores = run.activations
+    has_scores = scores is not None and {"layer", "expert", "score"} <= set(scores.columns) and len(scores) > 0
+    critical = {(member["layer"], member["expert"]) for member in run.expert_set.get("members") or []}
+    return {
+        "before_after": plots.before_after(shown) if any(figure.direction for figure in shown) else None,
+        "families": plots.families(figures),
+        "heat_map": plots.heat_map(scores, critical) if scores is not None and has_scores else None,
+        "drift": plots.drift(drift) if drift else None,
+        "losses": plots.losses(run.logs),
+    }

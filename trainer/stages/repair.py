@@ -1,0 +1,251 @@
+"""Expert repair: train only the critical experts to refuse inside jailbreaks what the model refuses when asked plainly.
+
+Two kinds of rows share a batch. `repair` rows carry the target refusal: cross-entropy on the response only. `retain`
+rows carry the original model's own answer: KL to the original model (which the split holds for free) or cross-entropy.
+Each row weighs the same whatever its length, so that the loss does not depend on how rows fall on ranks.
+
+Shapes: B rows, S positions, R positions from the first response token of the batch on, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from data_prep.errors import UserError
+from trainer.chat import ChatTurn, encode, pad, pad_id
+from trainer.moe.routing import Trace, flip_rate, pin, record
+from trainer.moe.trained import Trained
+from trainer.stages.watch import StageResult, arguments, parameter_counts, stop_unless_finite, watch
+
+Stream = Literal["repair", "retain"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training row. `source` says where it comes from (wrapped harmful, plain benign, ...), for the log."""
+
+    prompt: str
+    reply: str
+    stream: Stream
+    source: str
+
+
+@dataclass(frozen=True)
+class RepairOptions:
+    """What the stage needs from the recipe's `repair` section."""
+
+    routing: Literal["frozen", "replay"] = "frozen"
+    train_gates: bool = False
+    retain_weight: float = 1.0
+    retain_loss: Literal["kl", "ce"] = "kl"
+
+
+DEFAULTS: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 16,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 10,
+    "weight_decay": 0.0,
+    "max_length": 512,
+}
+
+
+def repair_experts(
+    trained: Trained,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    options: RepairOptions,
+    trainer_args: dict[str, Any],
+    folder: Path,
+    seed: int,
+) -> StageResult:
+    """Run the stage; `trained` is changed in place.
+
+    Raises:
+        UserError: no row is short enough for `max_length`.
+        NonFiniteLossError: training diverged; the weights before the step are kept in `folder`.
+    """
+    config = SFTConfig(
+        **arguments(trainer_args, DEFAULTS, folder, seed),
+        # The load-balancing loss is on by default in MoE configs and would move routing behind our back.
+        router_aux_loss_coef=0.0,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    dataset = _dataset(tokenizer, rows, config.max_length)
+    trained.train_experts(routers=options.train_gates)
+    aux_setting = _aux_setting(trained)
+    trainer = ExpertRepairTrainer(trained, options, folder, tokenizer, config, dataset)
+    watch(trainer, "repair")
+    try:
+        trainer.train()
+    finally:
+        trainer.restore_forward()
+        _restore_aux_setting(trained, aux_setting)
+    trainable, total = parameter_counts(trained.model)
+    return StageResult(trainer.state.log_history, trainable, total)
+
+
+def _dataset(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int | None) -> Dataset:
+    turns = [encode(tokenizer, row.prompt, row.reply) for row in rows]
+    limit = max_length or max(len(turn.ids) for turn in turns)
+    fitting = [(turn, row) for turn, row in zip(turns, rows, strict=True) if turn.prompt < limit]
+    if not fitting:
+        raise UserError(f"repair.max_length: {limit} cuts every one of the {len(rows)} prompts; the shortest row needs more")
+    return Dataset.from_dict(
+        {
+            "input_ids": [turn.ids[:limit] for turn, _ in fitting],
+            "prompt_length": [turn.prompt for turn, _ in fitting],
+            "retain": [row.stream == "retain" for _, row in fitting],
+        }
+    )
+
+
+class ExpertRepairTrainer(SFTTrainer):
+    """TRL's SFTTrainer with the two-stream loss and, for `replay`, the original routing pinned through the step."""
+
+    _tag_names = ["trl", "sft", "routealign", "expert-repair"]  # noqa: RUF012 (TRL's own attribute)
+
+    def __init__(
+        self,
+        trained: Trained,
+        options: RepairOptions,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        config: SFTConfig,
+        dataset: Dataset,
+    ):
+        self.trained, self.options, self.folder = trained, options, folder
+        self._own_forward = trained.model.__dict__.get("forward")
+        padding = pad_id(tokenizer)
+
+        def collate(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+            batch = pad([ChatTurn(e["input_ids"], e["prompt_length"]) for e in examples], padding)
+            retain_B = torch.tensor([e["retain"] for e in examples])
+            return {
+                "input_ids": batch.input_ids_BS,
+                "attention_mask": batch.attention_mask_BS,
+                "response": batch.response_BS,
+                "retain": retain_B,
+            }
+
+        super().__init__(
+            model=trained.model, args=config, train_dataset=dataset, processing_class=tokenizer, data_collator=collate
+        )
+        # Rows are averaged, not tokens, so the loss is scaled for gradient accumulation by the Trainer itself.
+        self.model_accepts_loss_kwargs = False
+
+    def restore_forward(self) -> None:
+        """Take off the fused LM head that SFTTrainer patches onto the model and never removes."""
+        if self._own_forward is None:
+            self.trained.model.__dict__.pop("forward", None)
+        else:
+            self.trained.model.forward = self._own_forward  # type: ignore[method-assign]
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        inputs = self._prepare_inputs(inputs)
+        with ExitStack() as stack:
+            if self.options.routing == "replay":
+                # Pinned through backward as well: checkpointing recomputes the forward there.
+                stack.enter_context(pin(self.trained.backbone, self._original_routing(model, inputs).index_TK))
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        assert not return_outputs, "the stage has no evaluation loop"
+        logging_now = self.state.global_step % max(int(self.args.logging_steps), 1) == 0
+        if logging_now and self.options.routing == "frozen":
+            with record(self.trained.backbone) as trace:
+                loss_B, loss = self._losses(model, inputs)
+            self._log_flips(trace, self._original_routing(model, inputs), inputs["attention_mask"])
+        else:
+            loss_B, loss = self._losses(model, inputs)
+        for name, chosen in (("repair_loss", ~inputs["retain"]), ("retain_loss", inputs["retain"])):
+            if chosen.any():
+                self._metrics["train"][name].append(loss_B[chosen].mean().item())
+        assert loss.requires_grad, "nothing in the model trains"
+        stop_unless_finite(loss.detach(), self.state.global_step, self.trained, self.folder, "repair")
+        return loss
+
+    def _losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Unweighted loss per row [B], detached, and the weighted loss."""
+        response_BS, retain_B = inputs["response"], inputs["retain"]
+        logits_BRV, targets_BR, mask_BR = self._response_logits(model, inputs)
+        loss_BR = F.cross_entropy(logits_BRV.transpose(1, 2).float(), targets_BR, reduction="none")
+        use_kl = self.options.retain_loss == "kl" and self.options.retain_weight > 0 and bool(retain_B.any())
+        if use_kl:
+            loss_BR = loss_BR.index_copy(0, retain_B.nonzero()[:, 0], self._kl(model, inputs, logits_BRV[retain_B]))
+        loss_B = (loss_BR * mask_BR).sum(1) / mask_BR.sum(1).clamp(min=1)
+        weight_B = torch.where(retain_B, self.options.retain_weight, 1.0)
+        assert response_BS.shape[0] == weight_B.shape[0]
+        return loss_B.detach(), (weight_B * loss_B).mean()
+
+    def _response_logits(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits that predict the positions from the batch's first response token on, those tokens, and the span."""
+        ids_BS, response_BS = inputs["input_ids"], inputs["response"]
+        first = max(int(response_BS.int().argmax(1).min()), 1)
+        kept = ids_BS.shape[1] - first + 1
+        logits = model(
+            input_ids=ids_BS, attention_mask=inputs["attention_mask"], use_cache=False, logits_to_keep=kept
+        ).logits
+        return logits[:, :-1], ids_BS[:, first:], response_BS[:, first:]
+
+    def _kl(self, model: nn.Module, inputs: dict[str, Any], logits_BRV: Tensor) -> Tensor:
+        """KL(original || current) per position of the retain rows, [B_retain, R], in fp32."""
+        retain_B = inputs["retain"]
+        kept = logits_BRV.shape[1] + 1
+        with self.trained.original() as original:
+            reference_BRV = self._runs(model, original.model)(
+                input_ids=inputs["input_ids"][retain_B],
+                attention_mask=inputs["attention_mask"][retain_B],
+                use_cache=False,
+                logits_to_keep=kept,
+            ).logits[:, :-1]
+        reference = torch.log_softmax(reference_BRV.float(), -1)
+        return (reference.exp() * (reference - torch.log_softmax(logits_BRV.float(), -1))).sum(-1)
+
+    def _original_routing(self, model: nn.Module, inputs: dict[str, Any]) -> Trace:
+        with self.trained.original() as original, record(original) as trace:
+            self._runs(model, original.model)(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, logits_to_keep=1
+            )
+        return trace
+
+    def _runs(self, wrapped: nn.Module, original: nn.Module) -> nn.Module:
+        """The engine's wrapper where the original shares the trained model's weights, else the separate copy."""
+        return wrapped if original is self.trained.model else original
+
+    def _log_flips(self, now: Trace, original: Trace, attention_mask_BS: Tensor) -> None:
+        mask_T = attention_mask_BS.bool()
+        now, original = now.masked(mask_T), original.masked(mask_T)
+        rates = [flip_rate(original.index_TK[i], now.index_TK[i]) for i in now.index_TK]
+        self._metrics["train"]["topk_flip_rate"].append(sum(rates) / len(rates))
+
+
+def _aux_setting(trained: Trained) -> dict[str, Any]:
+    config = trained.model.config.get_text_config()
+    return {k: getattr(config, k) for k in ("router_aux_loss_coef", "output_router_logits") if hasattr(config, k)}
+
+
+def _restore_aux_setting(trained: Trained, setting: dict[str, Any]) -> None:
+    """Undo SFTTrainer's change of the config, which would otherwise be exported with the model."""
+    config = trained.model.config.get_text_config()
+    for key, value in setting.items():
+        setattr(config, key, value)
