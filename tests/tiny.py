@@ -26,7 +26,7 @@ NUM_EXPERTS, NUM_LAYERS, TOP_K = 8, 3, 2
 
 
 def tiny_model(family: str = "olmoe", *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A random model: 3 MoE layers of 8 experts, top-2, hidden 32. gpt_oss has transposed, biased, interleaved experts."""
+    """A random model: 3 MoE layers of 8 experts, top-2, hidden 32; gpt_oss has transposed, biased experts."""
     common = {
         "vocab_size": 64,
         "hidden_size": 32,
@@ -48,7 +48,8 @@ def tiny_model(family: str = "olmoe", *, seed: int = 0, dtype: torch.dtype = tor
         sizes = {"intermediate_size": 24, "num_local_experts": NUM_EXPERTS, "head_dim": 16}
         model = GptOssForCausalLM(GptOssConfig(**sizes, **common))
     for parameter in model.parameters():
-        parameter.data.normal_(0, 0.2)
+        if parameter.ndim > 1:  # norms stay 1 and biases 0, so that every expert is reached
+            parameter.data.normal_(0, 0.2)
     return model.to(dtype).eval()
 
 

@@ -48,8 +48,8 @@ class Batch:
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, reply: str) -> ChatTurn:
     """Tokenise one user prompt and the reply to it through the chat template.
 
-    Templates that rewrite the assistant turn (thinking tags, say) do not extend the generation prompt; there the reply's
-    own tokens and the end-of-sequence token follow it, which is what generation produces.
+    Templates that rewrite the assistant turn (thinking tags, say) do not extend the generation prompt; there the
+    reply's own tokens and the end-of-sequence token follow it, which is what generation produces.
     """
     turns = [{"role": "user", "content": prompt}]
     opening = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
@@ -81,7 +81,7 @@ def pad(sequences: Sequence[ChatTurn], padding: int) -> Batch:
 
 
 def batches(sequences: Sequence[ChatTurn], padding: int, batch_size: int) -> Iterator[tuple[list[int], Batch]]:
-    """Batches of similar length, longest first so that memory peaks at once; yields (positions in `sequences`, batch)."""
+    """Batches of similar length, longest first so that memory peaks at once: (positions in `sequences`, batch)."""
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].ids))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]

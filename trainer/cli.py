@@ -83,9 +83,7 @@ def detect(recipe: RecipeFile, overrides: Overrides = None) -> None:
 def inspect(
     model: Annotated[str, typer.Argument(help="Hub id or local folder.", metavar="MODEL")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    recipe: Annotated[
-        Path | None, typer.Option(help="Say what this recipe would train.")
-    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Say what this recipe would train.")] = None,
 ) -> None:
     """Show a model's routers and experts."""
     from trainer import preflight

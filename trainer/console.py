@@ -15,6 +15,9 @@ from rich.table import Table
 
 T = TypeVar("T")
 
+# Wide enough for any table of ours; tables take only the width of their content.
+_LOG_WIDTH = 2000
+
 # The display now on screen. Nested loops add a row to it: two live displays would overwrite each other.
 _display: Progress | None = None
 
@@ -103,4 +106,4 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
         built.add_row(*(escape(str(cell)) for cell in row))
     if is_main_process():
         console = _display.console if _display else Console()
-        console.print(built, width=None if console.is_terminal else console.measure(built).maximum, soft_wrap=True)
+        (console if console.is_terminal else Console(width=_LOG_WIDTH)).print(built)

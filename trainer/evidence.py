@@ -1,4 +1,4 @@
-"""The evidence around a repair: figures before and after, what moved, a matched random control, the checkpoint's audit."""
+"""The evidence around a repair: figures before and after, what moved, a random control, the audit."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def diagnose(
     subject: Subject,
     trained: Trained,
     metrics: dict[str, Any],
-    texts: Sequence[tuple[str, str]],
+    texts: Callable[[], Sequence[tuple[str, str]]],
     after: Sequence[Stage],
 ) -> tuple[dict[str, Any], Stage]:
     """Restore gap and routing drift of the repaired model on (prompt, reply) texts."""
@@ -68,8 +68,8 @@ def export_and_audit(
     """Fuse, write the checkpoint, reload it from disk and prove what moved; `audit.json`.
 
     Raises:
-        RuntimeError: something outside the set moved, or the reloaded checkpoint answers differently. The checkpoint is
-            kept for inspection, the stage does not count as done.
+        RuntimeError: something outside the set moved, or the reloaded checkpoint answers differently. The checkpoint
+            is kept for inspection, the stage does not count as done.
     """
     stage = run.stage("export", subject.recipe.hash("model", "export"), after=after)
     audit_path, folder = run.dir / "audit.json", run.dir / "model"

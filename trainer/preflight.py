@@ -86,5 +86,6 @@ def print_table(found: dict[str, Any], recipe: Recipe | None = None) -> None:
         plan = would_train(found, recipe)
         share = plan["parameters"] / plan["of_parameters"]
         say(
-            f"the recipe trains {plan['experts']} of {plan['of_experts']} experts: {plan['parameters']:,} parameters ({share:.1%})"
+            f"the recipe trains {plan['experts']} of {plan['of_experts']} experts: "
+            f"{plan['parameters']:,} parameters ({share:.1%})"
         )

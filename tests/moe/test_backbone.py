@@ -31,7 +31,12 @@ def test_the_scoring_family_is_identified_from_the_router_output(family: str, sc
 
 def test_a_dense_model_is_refused_and_says_so() -> None:
     config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
     )
     with pytest.raises(ValueError, match="'llama': no router and no experts module found; is it a dense model"):
         Backbone.of(LlamaForCausalLM(config))

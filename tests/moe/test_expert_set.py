@@ -13,7 +13,9 @@ pairs = st.sets(st.sampled_from([(layer, e) for layer, n in SIZES.items() for e 
 
 
 def build(chosen: set[tuple[int, int]]) -> ExpertSet:
-    return ExpertSet(tuple(Member(layer, e, 0.5, 0.9) for layer, e in sorted(chosen)), SIZES, "some/model", {"pairs": 3})
+    return ExpertSet(
+        tuple(Member(layer, e, 0.5, 0.9) for layer, e in sorted(chosen)), SIZES, "some/model", {"pairs": 3}
+    )
 
 
 @given(pairs, pairs)

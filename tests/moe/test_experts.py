@@ -37,7 +37,7 @@ def train(model: SplitModel, steps: int = 3, **optimiser: float) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_splitting_does_not_change_the_function(family: str, lora_rank: int | None) -> None:
     expected = tiny_model(family)(token_ids()).logits
-    torch.testing.assert_close(split(family, lora_rank).model(token_ids()).logits, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(split(family, lora_rank).model(token_ids()).logits, expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("lora_rank", [None, 4])
@@ -55,11 +55,17 @@ def test_only_critical_experts_move_and_fusing_keeps_the_trained_function(family
     assert before.keys() == after.keys()
     fused = Backbone.of(model.model).expert_parameters()
     for name in before:
-        moved = (before[name] != after[name]).flatten(1).any(1) if name in fused else (before[name] != after[name]).any()
+        moved = (
+            (before[name] != after[name]).flatten(1).any(1) if name in fused else (before[name] != after[name]).any()
+        )
         if name in fused:
-            adapted = lora_rank is None or not name.endswith("_bias")  # LoRA leaves biases alone
-            expected = [e for at, e in CHOSEN if at == int(name.split(".")[2]) and adapted]
-            assert moved.nonzero()[:, 0].tolist() == expected, name
+            critical = [e for at, e in CHOSEN if at == int(name.split(".")[2])]
+            found = moved.nonzero()[:, 0].tolist()
+            if lora_rank is None:  # weight decay reaches every critical expert, routed to or not
+                assert found == critical, name
+            else:  # LoRA leaves biases alone, and experts that no token reached
+                assert set(found) <= set(critical), name
+                assert found or name.endswith("_bias"), name
         else:
             assert not moved, name
 
@@ -104,7 +110,9 @@ def test_the_split_trains_like_a_masked_gradient_on_the_fused_tensors() -> None:
         adam.step()
         adam.zero_grad()
     for name, parameter in masked.named_parameters():
-        torch.testing.assert_close(model.model.get_parameter(name), parameter, atol=5e-5, rtol=1e-4)  # one Adam step is 1e-2
+        torch.testing.assert_close(
+            model.model.get_parameter(name), parameter, atol=5e-5, rtol=1e-4
+        )  # one Adam step is 1e-2
 
 
 def test_optimiser_state_exists_for_critical_experts_only() -> None:

@@ -71,7 +71,10 @@ def test_a_batch_of_another_size_than_the_recorded_one_is_refused() -> None:
 
 def test_a_router_of_unknown_family_cannot_be_pinned() -> None:
     backbone = Backbone.of(tiny_model())
-    with pytest.raises(ValueError, match="scoring family"), pin(backbone, {i: torch.zeros(1, 2).long() for i in range(3)}):
+    with (
+        pytest.raises(ValueError, match="scoring family"),
+        pin(backbone, {i: torch.zeros(1, 2).long() for i in range(3)}),
+    ):
         pass
 
 

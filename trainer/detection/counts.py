@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from trainer.chat import ChatTurn, Tokens, batches, encode, pad_id
 from trainer.console import progress
 from trainer.detection.pairs import Pair
-from trainer.chat import ChatTurn, Tokens, batches, encode, pad_id
 from trainer.moe.backbone import Backbone
 from trainer.moe.routing import record
 
@@ -64,10 +64,17 @@ class Counts:
         return Counts(self.adversarial.take(rows), self.anchor.take(rows), self.layers, self.experts)
 
     def frame(self) -> pd.DataFrame:
-        """Rows of `activations.parquet`: a = active, d = not active; 1 = adversarial, 2 = anchor (SteerMoE's names)."""
+        """Rows of `activations.parquet`: a active, d not active; 1 adversarial, 2 anchor (SteerMoE's names)."""
         a1_LE, a2_LE = self.adversarial.active(), self.anchor.active()
         rows = [
-            (layer, e, a1_LE[i, e], self.adversarial.tokens - a1_LE[i, e], a2_LE[i, e], self.anchor.tokens - a2_LE[i, e])
+            (
+                layer,
+                e,
+                a1_LE[i, e],
+                self.adversarial.tokens - a1_LE[i, e],
+                a2_LE[i, e],
+                self.anchor.tokens - a2_LE[i, e],
+            )
             for i, layer in enumerate(self.layers)
             for e in range(self.experts[i])
         ]
@@ -101,7 +108,9 @@ def _count(
         batch = batch.to(model.device)
         span_BS = batch.span(tokens)
         with record(backbone) as trace:
-            model(input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS, use_cache=False, logits_to_keep=1)
+            model(
+                input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS, use_cache=False, logits_to_keep=1
+            )
         tokens_P[rows] = span_BS.sum(1).cpu().numpy()
         for i, layer in enumerate(backbone):
             index, weights = trace.index_TK[layer.index], trace.weights_TK[layer.index]

@@ -41,7 +41,7 @@ class PairReport:
     rows: list[dict[str, object]] = field(default_factory=list)
 
     def counts(self) -> dict[str, int]:
-        """Outcome -> rows. Of goals: anchor_refused, anchor_not_refused; of pairs: kept, jailbreak_failed, unjudged."""
+        """Outcome -> rows: anchor_refused, anchor_not_refused of goals; kept, jailbreak_failed, unjudged of pairs."""
         return dict(Counter(str(row["outcome"]) for row in self.rows))
 
     def jsonl(self) -> str:
@@ -65,7 +65,9 @@ def build_pairs(
     report = PairReport()
     anchors = reply([goal.text for goal in goals], "anchor replies")
     verdicts = [judge(text) for text in anchors]
-    refused = [(goal, text) for goal, text, verdict in zip(goals, anchors, verdicts, strict=True) if verdict == "refused"]
+    refused = [
+        (goal, text) for goal, text, verdict in zip(goals, anchors, verdicts, strict=True) if verdict == "refused"
+    ]
     for goal, text, verdict in zip(goals, anchors, verdicts, strict=True):
         if verdict == "refused":
             report.rows.append({"goal": goal.id, "outcome": "anchor_refused", "anchor_reply": text})
@@ -96,7 +98,7 @@ def build_pairs(
             report.rows.append(row)
     if not report.pairs:
         raise UserError(
-            f"no pair survives: 0 of {tried} jailbroken goals were answered ({len(refused)} of {len(goals)} plain goals "
-            f"are refused); the wrappers in data.jailbreaks.seen do not work on this model"
+            f"no pair survives: 0 of {tried} jailbroken goals were answered ({len(refused)} of {len(goals)} plain "
+            f"goals are refused); the wrappers in data.jailbreaks.seen do not work on this model"
         )
     return report

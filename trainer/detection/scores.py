@@ -21,12 +21,12 @@ def score(counts: Counts, kind: Score, pool: Pool) -> NDArray[np.float64]:
     """Score [L, E]; large means activated by successful jailbreaks more than by the refused plain goals.
 
     * `aad` (RASA, Adversarial Activation Discrepancy): difference of P(active), every pair weighing the same.
-      `pool="token"`: P is a pair's share of counted tokens; `pool="pair"`: whether the expert is active at all (the paper's
-      0/1 per input).
-    * `risk_difference` (SteerMoE): `a1/(a1+d1) - a2/(a2+d2)` over the pooled tokens of all pairs; sums to zero per layer.
-      RASA's released code scores this way. `pool` does not apply.
-    * `gate_mass`: difference of the mean routing weight per counted token, every pair weighing the same. `pool` does not
-      apply.
+      `pool="token"`: P is a pair's share of counted tokens; `pool="pair"`: whether the expert is active at all (the
+      paper's 0/1 per input).
+    * `risk_difference` (SteerMoE): `a1/(a1+d1) - a2/(a2+d2)` over the pooled tokens of all pairs; sums to zero per
+      layer. RASA's released code scores this way. `pool` does not apply.
+    * `gate_mass`: difference of the mean routing weight per counted token, every pair weighing the same. `pool` does
+      not apply.
     """
     return _rates(counts.adversarial, kind, pool) - _rates(counts.anchor, kind, pool)
 

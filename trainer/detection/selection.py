@@ -19,7 +19,9 @@ def resolve_k(top_k: int | float, total: int, per_layer_cap: int | None, layers:
     """
     k = round(top_k * total) if isinstance(top_k, float) else top_k
     if not 1 <= k < total:
-        raise UserError(f"detect.top_k: {top_k} selects {k} experts; allowed: 1 to {total - 1} (the model has {total})")
+        raise UserError(
+            f"detect.top_k: {top_k} selects {k} experts; allowed: 1 to {total - 1} (the model has {total})"
+        )
     if per_layer_cap is not None and k > per_layer_cap * layers:
         raise UserError(
             f"detect.per_layer_cap: {per_layer_cap} x {layers} layers admits {per_layer_cap * layers} experts, "
@@ -28,7 +30,9 @@ def resolve_k(top_k: int | float, total: int, per_layer_cap: int | None, layers:
     return k
 
 
-def top_k(scores_LE: NDArray[np.float64], experts: list[int], k: int, per_layer_cap: int | None) -> list[tuple[int, int]]:
+def top_k(
+    scores_LE: NDArray[np.float64], experts: list[int], k: int, per_layer_cap: int | None
+) -> list[tuple[int, int]]:
     """The `k` best (layer position, expert), best first; ties go to the lower layer, then the lower expert.
 
     `experts[i]` is the number of real columns of row i.

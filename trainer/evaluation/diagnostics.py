@@ -18,7 +18,9 @@ from trainer.moe.routing import record
 from trainer.moe.trained import Trained
 
 
-def router_restore_gap(trained: Trained, tokenizer: PreTrainedTokenizerBase, suite: Suite, after: dict[str, Any]) -> float:
+def router_restore_gap(
+    trained: Trained, tokenizer: PreTrainedTokenizerBase, suite: Suite, after: dict[str, Any]
+) -> float:
     """Rise of attack success (seen and unseen families pooled) when the original routers are put back.
 
     A large gap means that the repair was a routing shortcut (RASA, section on what shows that it worked).

@@ -9,6 +9,8 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from trainer.moe.routing import flip_rate
+
 
 class LayerDrift(TypedDict):
     """Drift of one MoE layer: `flip_rate` in [0, 1], `kl` in nats."""
@@ -24,8 +26,7 @@ def topk_flip_rate(indices_a_TK: Tensor, indices_b_TK: Tensor, mask_T: Tensor) -
     `mask_T` is true (or 1) on tokens that count. Raises `ValueError` on unequal shapes or an empty mask.
     """
     kept_T = _checked(indices_a_TK, indices_b_TK, mask_T)
-    kept_TK = (indices_a_TK.unsqueeze(-1) == indices_b_TK.unsqueeze(-2)).any(-1)
-    return 1.0 - kept_TK[kept_T].double().mean().item()
+    return flip_rate(indices_a_TK[kept_T], indices_b_TK[kept_T])
 
 
 def routing_kl(logits_a_TE: Tensor, logits_b_TE: Tensor, mask_T: Tensor) -> float:

@@ -49,7 +49,9 @@ def run(recipe: Recipe, run: Run) -> None:
     audit = export_and_audit(run, subject, training.trained, training.may_move, [last])
     control = {}
     if recipe.evaluate.random_control and recipe.repair.scope == "experts":
-        control = random_control(run, subject, training.experts, training.elsewhere, training.inputs("control"), [last])
+        control = random_control(
+            run, subject, training.experts, training.elsewhere, training.inputs("control"), [last]
+        )
     moved = ("experts_changed", "experts_total", "gate_weights_changed", "untouched_identical")
     diagnostics |= {key: audit[key] for key in moved} | {"random_control": control}
     evaluation = {"before": before, "after": after, "diagnostics": diagnostics}
@@ -72,7 +74,7 @@ def export(recipe: Recipe, run: Run) -> None:
     say(f"checkpoint: {run.dir / 'model'}")
 
 
-# --- 1. identification ------------------------------------------------------------------------------------------------
+# --- 1. identification ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -107,12 +109,10 @@ def identify(subject: Subject, run: Run) -> Identified:
     rows = [json.loads(line) for line in files[0].read_text().splitlines()]
     goals = {goal.id: goal for goal in subject.corpus.harmful.train}
     wrappers = {wrapper.id: wrapper for wrapper in subject.corpus.wrappers}
-    return Identified(
-        ExpertSet.load(files[2]),
-        [Target(goals[r["goal"]], wrappers[r["wrapper"]], r["anchor_reply"]) for r in rows if r["outcome"] == "kept"],
-        {r["goal"]: r["anchor_reply"] for r in rows if r["outcome"] == "anchor_refused"},
-        stage,
-    )
+    refusals = {r["goal"]: r["anchor_reply"] for r in rows if r["outcome"] == "anchor_refused"}
+    kept = [r for r in rows if r["outcome"] == "kept"]
+    targets = [Target(goals[r["goal"]], wrappers[r["wrapper"]], refusals[r["goal"]]) for r in kept]
+    return Identified(ExpertSet.load(files[2]), targets, refusals, stage)
 
 
 def select(subject: Subject, counts: Counts) -> ExpertSet:
@@ -125,7 +125,12 @@ def select(subject: Subject, counts: Counts) -> ExpertSet:
         Member(counts.layers[i], e, float(scores_LE[i, e]), float(stability_LE[i, e]) if detect.bootstrap else None)
         for i, e in top_k(scores_LE, counts.experts, k, detect.per_layer_cap)
     ]
-    about = {"score": detect.score, "pool": detect.pool, "tokens": detect.tokens, "pairs": len(counts)}
+    about: dict[str, object] = {
+        "score": detect.score,
+        "pool": detect.pool,
+        "tokens": detect.tokens,
+        "pairs": len(counts),
+    }
     sizes = dict(zip(counts.layers, counts.experts, strict=True))
     experts = ExpertSet(tuple(members), sizes, subject.recipe.model.name_or_path, about)
     return experts.random_like(seed) if detect.selection == "random" else experts
@@ -147,7 +152,7 @@ def _write_detection(
     say(f"detect: {kept} pairs kept of {len(found.rows)} rows; {len(experts)} of {experts.total} experts selected")
 
 
-# --- 2. and 3. expert repair and routing consistency, alternating -----------------------------------------------------
+# --- 2. and 3. expert repair and routing consistency, alternating ---------------------------------
 
 
 def alternate(subject: Subject, run: Run) -> tuple[Training, Stage]:

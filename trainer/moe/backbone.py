@@ -54,7 +54,12 @@ def expert_tensor_names(experts: nn.Module) -> list[str]:
 
 def _is_experts(module: nn.Module) -> bool:
     down = getattr(module, "down_proj", None)
-    return hasattr(module, "has_gate") and hasattr(module, "is_transposed") and isinstance(down, Tensor) and down.ndim == 3
+    return (
+        hasattr(module, "has_gate")
+        and hasattr(module, "is_transposed")
+        and isinstance(down, Tensor)
+        and down.ndim == 3
+    )
 
 
 def _layer_index(name: str) -> int:
@@ -118,7 +123,9 @@ class Backbone:
                 )
             router = siblings[router_name]
             shared = next((siblings[n] for n in SHARED_NAMES if n in siblings), None)
-            top_k = getattr(router, "top_k", None) or getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+            top_k = getattr(router, "top_k", None) or getattr(
+                model.config.get_text_config(), "num_experts_per_tok", None
+            )
             if top_k is None:
                 raise ValueError(f"model type {kind!r}: router {parent}.{router_name} does not say its top_k")
             router_path = f"{parent}.{router_name}" if parent else router_name
@@ -214,12 +221,16 @@ def _check_layer(
     if routed is None or called is None:
         raise ValueError(f"{where}: its {'router' if routed is None else 'experts'} did not run in a forward pass")
     if not (isinstance(routed, tuple) and len(routed) == 3 and all(isinstance(t, Tensor) for t in routed)):
-        raise ValueError(f"{where}: router must return (logits, top-k weights, top-k index), got {type(routed).__name__}")
+        raise ValueError(
+            f"{where}: router must return (logits, top-k weights, top-k index), got {type(routed).__name__}"
+        )
     logits, weights, index = routed
     found = [tuple(t.shape) for t in routed]
     wanted = [(tokens, layer.num_experts), (tokens, layer.top_k), (tokens, layer.top_k)]
     if found != wanted or index.is_floating_point():
-        raise ValueError(f"{where}: router output shapes {found} and index type {index.dtype}, expected {wanted} and integers")
+        raise ValueError(
+            f"{where}: router output shapes {found} and index type {index.dtype}, expected {wanted} and integers"
+        )
     if index.min() < 0 or index.max() >= layer.num_experts:
         raise ValueError(f"{where}: router chose expert {int(index.max())} of {layer.num_experts}")
     given = [t for t in called if isinstance(t, Tensor)]
@@ -236,5 +247,5 @@ def _why_no_experts(model: nn.Module, kind: str, has_router: bool) -> str:
             "only architectures ported to transformers 5 are supported (remote code is not)"
         )
     if has_router:
-        return f"model type {kind!r}: routers found but no fused experts module (3-D down_proj with has_gate, is_transposed)"
+        return f"model type {kind!r}: routers but no fused experts found (3-D down_proj with has_gate, is_transposed)"
     return f"model type {kind!r}: no router and no experts module found; is it a dense model?"

@@ -90,7 +90,7 @@ class ExpertSet:
         return len(self.pairs & other.pairs) / len(union) if union else 1.0
 
     def random_like(self, seed: int) -> ExpertSet:
-        """A control set with as many experts in every layer, drawn from the layer's *other* experts where they suffice."""
+        """A control set with as many experts in every layer, drawn from its *other* experts where they suffice."""
         generator = random.Random(seed)
         members = []
         for layer, experts in self.by_layer().items():
@@ -110,7 +110,8 @@ class ExpertSet:
                 "share": round(self.share, 6),
                 "about": self.about,
                 "members": [
-                    {"layer": m.layer, "expert": m.expert, "score": m.score, "stability": m.stability} for m in self.members
+                    {"layer": m.layer, "expert": m.expert, "score": m.score, "stability": m.stability}
+                    for m in self.members
                 ],
             },
             indent=1,

@@ -1,18 +1,20 @@
 """Split critical experts out of fused tensors so that exactly they can be trained.
 
-A fused tensor [E, ...] trains all of its experts or none; masking gradients still pays for optimiser state, and weight
-decay moves the "frozen" ones. So the critical experts of a layer get compact parameters [N, ...] of their own while the
-fused tensor stays frozen, untouched. The split forward sorts tokens once and runs grouped matmuls over two disjoint
-ranges, frozen and critical. Because the fused tensor still holds the original experts, switching the split off *is* the
-original model: no second copy.
+A fused tensor [E, ...] trains all of its experts or none; masking gradients still pays for optimiser state, and
+weight decay moves the "frozen" ones. So the critical experts of a layer get compact parameters [N, ...] of their own
+while the fused tensor stays frozen, untouched. The split forward sorts tokens once and runs grouped matmuls over two
+disjoint ranges, frozen and critical. Because the fused tensor still holds the original experts, switching the split
+off *is* the original model: no second copy.
 
-Shapes: T tokens, S = T x K routed (token, slot) rows, E experts, N critical experts of a layer, D hidden, F intermediate.
+Shapes: T tokens, S = T x K routed (token, slot) rows, E experts, N critical experts of a layer, D hidden size,
+F intermediate size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 from trainer.moe.backbone import Backbone, expert_tensor_names
 from trainer.moe.expert_set import ExpertSet
 
+FusedExperts = Any
+"""A module decorated with transformers' `use_experts_implementation`; upstream does not type its attributes."""
+
 IMPLEMENTATION = "routealign_split"
 CHILD = "critical"
 
@@ -28,20 +33,20 @@ CHILD = "critical"
 class CriticalExperts(nn.Module):
     """The trainable copies of a layer's critical experts, weights [N, out, in] whatever the model's own layout.
 
-    Kept in fp32 under a 16-bit model, because bf16 weights swallow small updates; cast to the activations' type on use.
-    PEFT wraps this module's `forward` to add LoRA; its path for a single expert (peft 0.21, `ParamWrapper.get_delta_weight`
-    with num_experts == 1) only knows [out, in], hence the one layout here.
+    Kept in fp32 under a 16-bit model, because bf16 weights swallow small updates; cast to the activations' type on
+    use. PEFT wraps this module's `forward` to add LoRA; its path for a single expert (peft 0.21,
+    `ParamWrapper.get_delta_weight` with num_experts == 1) only knows [out, in], hence the one layout here.
     """
 
-    def __init__(self, experts: nn.Module, indices: list[int]):
+    def __init__(self, experts: FusedExperts, indices: list[int]):
         super().__init__()
         self.has_gate, self.has_bias, self.is_transposed = experts.has_gate, experts.has_bias, False
         self.fused_is_transposed = experts.is_transposed
         reference = experts.down_proj
         self.register_buffer("indices", torch.tensor(indices, device=reference.device), persistent=False)
-        # slot of every expert in the sorted order: frozen experts keep their index, critical ones come after all of them
+        # Slot of every expert in the sorted order: frozen experts keep their index, critical ones come last.
         slots = torch.arange(reference.shape[0], device=reference.device)
-        slots[self.indices] = reference.shape[0] + torch.arange(len(indices), device=reference.device)
+        slots[indices] = reference.shape[0] + torch.arange(len(indices), device=reference.device)
         self.register_buffer("slot_E", slots, persistent=False)
         dtype = torch.promote_types(reference.dtype, torch.float32)
         for name in expert_tensor_names(experts):
@@ -77,7 +82,9 @@ class CriticalExperts(nn.Module):
         return _grouped_linear(rows, weight, offsets_N, bias=bias_S)
 
 
-def split_experts_forward(experts: nn.Module, hidden_TD: Tensor, top_k_index_TK: Tensor, top_k_weights_TK: Tensor) -> Tensor:
+def split_experts_forward(
+    experts: FusedExperts, hidden_TD: Tensor, top_k_index_TK: Tensor, top_k_weights_TK: Tensor
+) -> Tensor:
     """Experts forward over frozen and critical experts, registered with transformers as `routealign_split`."""
     critical = getattr(experts, CHILD, None)
     if critical is None or not experts.split_enabled:
@@ -104,7 +111,7 @@ def split_experts_forward(experts: nn.Module, hidden_TD: Tensor, top_k_index_TK:
     return unsorted_SD.view(num_tokens, top_k, -1).sum(1).to(hidden_TD.dtype)
 
 
-def _frozen_linear(experts: nn.Module, rows: Tensor, name: str, counts_E: Tensor) -> Tensor:
+def _frozen_linear(experts: FusedExperts, rows: Tensor, name: str, counts_E: Tensor) -> Tensor:
     bias_S = getattr(experts, f"{name}_bias").repeat_interleave(counts_E, dim=0) if experts.has_bias else None
     offsets_E = counts_E.cumsum(0).to(torch.int32)
     return _grouped_linear(rows, getattr(experts, name), offsets_E, bias=bias_S, is_transposed=experts.is_transposed)
@@ -126,13 +133,20 @@ class SplitModel:
     """
 
     def __init__(
-        self, backbone: Backbone, expert_set: ExpertSet, *, lora_rank: int | None = None, lora_alpha: float | None = None
+        self,
+        backbone: Backbone,
+        expert_set: ExpertSet,
+        *,
+        lora_rank: int | None = None,
+        lora_alpha: float | None = None,
     ):
         if len(expert_set) == 0:
             raise ValueError("expert set is empty: nothing would be trained")
         shape = {layer.index: layer.num_experts for layer in backbone}
         if shape != expert_set.experts_per_layer:
-            raise ValueError(f"expert set is for experts per layer {expert_set.experts_per_layer}, the model has {shape}")
+            raise ValueError(
+                f"expert set is for experts per layer {expert_set.experts_per_layer}, the model has {shape}"
+            )
         if any(hasattr(layer.experts, CHILD) for layer in backbone):
             raise ValueError("the model is split already; fuse it first")
         self.backbone, self.model, self.expert_set = backbone, backbone.model, expert_set
@@ -140,7 +154,7 @@ class SplitModel:
         self._former_implementation = self.model.config._experts_implementation
         self.model.requires_grad_(False)
         for index, experts in expert_set.by_layer().items():
-            module = backbone.layer(index).experts
+            module: FusedExperts = backbone.layer(index).experts
             critical = CriticalExperts(module, experts)
             module.split_slots, module.split_size, module.split_enabled = critical.slot_E, len(experts), True
             module.add_module(CHILD, critical)
@@ -160,7 +174,7 @@ class SplitModel:
         )
         inject_adapter_in_model(config, self.model)
 
-    def _split_layers(self) -> Iterator[tuple[nn.Module, CriticalExperts]]:
+    def _split_layers(self) -> Iterator[tuple[FusedExperts, CriticalExperts]]:
         for index in self.expert_set.by_layer():
             experts = self.backbone.layer(index).experts
             critical = getattr(experts, CHILD)
@@ -176,7 +190,10 @@ class SplitModel:
     def train_experts(self, *, routers: bool = False) -> None:
         """Let gradients reach the critical experts (and, if asked, the routers) and nothing else."""
         self.model.requires_grad_(False)
-        for parameter in [*self.trainable().values(), *(self.backbone.router_parameters().values() if routers else ())]:
+        for parameter in [
+            *self.trainable().values(),
+            *(self.backbone.router_parameters().values() if routers else ()),
+        ]:
             parameter.requires_grad_(True)
 
     def train_routers(self) -> None:

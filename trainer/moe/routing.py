@@ -1,7 +1,7 @@
 """Record a router's decisions, or pin them to given ones: context managers on a Backbone that always detach.
 
-Recorded indices are the ones the router returned, never recomputed. Padding is part of what a router sees, so masks are
-the caller's business (`Trace.masked`).
+Recorded indices are the ones the router returned, never recomputed. Padding is part of what a router sees, so masks
+are the caller's business (`Trace.masked`).
 
 Shapes: T tokens (batch x positions, padding included), E experts, K chosen experts per token.
 """
@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from trainer.moe.backbone import Backbone, MoELayer
@@ -29,7 +28,9 @@ class Trace:
     def masked(self, mask_T: Tensor) -> Trace:
         """The same trace with only the tokens where `mask_T` (bool, [T]) is true."""
         mask_T = mask_T.reshape(-1)
-        return Trace(*({i: t[mask_T] for i, t in part.items()} for part in (self.logits_TE, self.weights_TK, self.index_TK)))
+        return Trace(
+            *({i: t[mask_T] for i, t in part.items()} for part in (self.logits_TE, self.weights_TK, self.index_TK))
+        )
 
 
 @contextmanager
@@ -55,7 +56,8 @@ def record(backbone: Backbone, *, grad: bool = False) -> Iterator[Trace]:
 
         return hook
 
-    handles = [layer.router.register_forward_hook(hook_of(layer)) for layer in backbone]
+    # Before any pin's hook: what is recorded is the router's own decision, also where another one is forced.
+    handles = [layer.router.register_forward_hook(hook_of(layer), prepend=True) for layer in backbone]
     try:
         yield trace
     finally:
@@ -79,7 +81,9 @@ def pin(backbone: Backbone, index_TK: dict[int, Tensor]) -> Iterator[None]:
         raise ValueError(f"pin: no indices for layers {missing}")
     unknown = [layer.router_name for layer in backbone if layer.scoring is None]
     if unknown:
-        raise ValueError(f"pin: scoring family of {unknown[0]} is unknown (run Backbone.check first); it cannot be replayed")
+        raise ValueError(
+            f"pin: scoring family of {unknown[0]} is unknown (run Backbone.check first); it cannot be replayed"
+        )
 
     def hook_of(layer: MoELayer) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         forced_TK = index_TK[layer.index]
@@ -107,15 +111,8 @@ def pin(backbone: Backbone, index_TK: dict[int, Tensor]) -> Iterator[None]:
 
 
 def flip_rate(before_TK: Tensor, after_TK: Tensor) -> float:
-    """Share of (token, slot) choices in `before_TK` that `after_TK` no longer makes; order within a token is ignored."""
+    """Share of (token, slot) choices in `before_TK` that `after_TK` no longer makes; order in a token is ignored."""
     if before_TK.numel() == 0:
         return 0.0
     kept_TK = (before_TK.unsqueeze(-1) == after_TK.unsqueeze(-2)).any(-1)
-    return 1.0 - kept_TK.float().mean().item()
-
-
-def routing_kl(target_TE: Tensor, logits_TE: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(target || current) of the routing distributions per token, [T], in fp32; arguments are logits."""
-    target = torch.log_softmax(target_TE.float() / temperature, -1)
-    current = torch.log_softmax(logits_TE.float() / temperature, -1)
-    return (target.exp() * (target - current)).sum(-1)
+    return 1.0 - kept_TK.double().mean().item()

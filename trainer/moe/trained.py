@@ -15,7 +15,7 @@ from trainer.moe.backbone import Backbone
 
 
 class Trained(Protocol):
-    """A model under repair: `SplitModel` (critical experts only) or `WholeModel` (full fine-tuning, to compare with)."""
+    """A model under repair: `SplitModel` (critical experts) or `WholeModel` (full fine-tuning, to compare with)."""
 
     backbone: Backbone
     model: PreTrainedModel

@@ -42,6 +42,11 @@ class Figure:
         return self.after["rate"] - self.before["rate"] if self.before and self.after else None
 
     @property
+    def is_part(self) -> bool:
+        """Whether this is one family or role of a figure that stands in the list as a whole."""
+        return self.key.startswith(("asr.", "benign_wrapped_by_role."))
+
+    @property
     def trend(self) -> Trend:
         """ "better" or "worse" where the two 95 % intervals are disjoint, "unclear" where they overlap.
 

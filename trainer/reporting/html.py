@@ -2,10 +2,10 @@
 
 What is read, all but the first optional; keys that a file lacks are left out of the report or named as missing:
 
-- `evaluation.json`: `{"before": M, "after": M, "diagnostics": D}` as in docs/architecture.md. Of D: `router_restore_gap`,
-  `topk_flip_rate`, `gate_weights_changed` (share), `experts_changed`, `experts_total`, `untouched_identical`,
-  `random_control` and `full_finetuning` (each M or a part of it), `drift_per_layer` [{layer, flip_rate, kl}],
-  `parameters` {trained, total}, `cost` {name: number or text}.
+- `evaluation.json`: `{"before": M, "after": M, "diagnostics": D}` as in docs/architecture.md. Of D:
+  `router_restore_gap`, `topk_flip_rate`, `gate_weights_changed` (share), `experts_changed`, `experts_total`,
+  `untouched_identical`, `random_control` and `full_finetuning` (each M or a part of it),
+  `drift_per_layer` [{layer, flip_rate, kl}], `parameters` {trained, total}, `cost` {name: number or text}.
 - `recipe.yaml`, shown as it is; `manifest.json`: name, created, seed, versions {name: version},
   stages {name: {status, seconds, peak_memory_mb, peak_gpu_memory_mb}}.
 - `pairs.jsonl`: one row per goal or pair with `outcome` (and `wrapper`); only counts are shown, never a text.
@@ -44,7 +44,7 @@ def write(run_dir: Path) -> Path:
 
 def _render(run: Artefacts) -> str:
     figures = collect(run.evaluation)
-    verdict, sentence = headline(figures)
+    verdict, sentences = headline(figures)
     template = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -56,7 +56,7 @@ def _render(run: Artefacts) -> str:
         title=run.manifest.get("name") or run.folder.resolve().name,
         about=sections.about(run),
         verdict=verdict,
-        sentence=sentence,
+        sentences=sentences,
         cautions=cautions(run, figures),
         controls=list(control_metrics(run.evaluation)),
         rows=[sections.table_row(figure) for figure in figures],
@@ -73,7 +73,7 @@ def _render(run: Artefacts) -> str:
 
 
 def _charts(run: Artefacts, figures: list[Figure]) -> dict[str, str | None]:
-    shown = [figure for figure in figures if not figure.key.startswith(("asr.", "benign_wrapped_by_role."))]
+    shown = [figure for figure in figures if not figure.is_part]
     drift: list[dict[str, Any]] = run.diagnostics.get("drift_per_layer") or []
     scores = run.activations
     has_scores = scores is not None and {"layer", "expert", "score"} <= set(scores.columns) and len(scores) > 0

@@ -56,8 +56,9 @@ def _grouped_bars(axis: Axes, figures: Sequence[Figure], series: Mapping[str, st
             axis.barh(position, rate["rate"], height=0.86, color=colour)
             axis.plot([low, high], [position, position], color=style.INK, linewidth=1.2, solid_capstyle="butt")
             axis.plot([low, high], [position] * 2, color=style.INK, marker="|", markersize=5, linestyle="none")
+            text = f"{100 * rate['rate']:.1f}".removesuffix(".0") + " %"
             axis.annotate(
-                f"{100 * rate['rate']:.0f} %", (max(high, rate["rate"]), position), xytext=(5, 0),
+                text, (max(high, rate["rate"]), position), xytext=(5, 0),
                 textcoords="offset points", va="center", fontsize=8,
             )  # fmt: skip
             position += 1
@@ -114,14 +115,14 @@ def _heat_map(frame: pd.DataFrame, critical: Collection[tuple[int, int]], ink: s
     axis.xaxis.set_major_locator(MaxNLocator(12, integer=True))
     axis.tick_params(colors=ink)
     bar = drawing.colorbar(image, ax=axis, pad=0.01, fraction=0.04)
-    bar.set_label("score (more active under jailbreak: orange)", color=ink)
+    bar.set_label("score", color=ink)
     bar.ax.tick_params(colors=ink)
     bar.outline.set_visible(False)
     return drawing
 
 
 def drift(rows: Sequence[Mapping[str, Any]], name: str = "drift") -> str:
-    """Routing drift per layer, two panels: share of expert choices that changed, and KL. `rows`: layer, flip_rate, kl."""
+    """Routing drift per layer, two panels: choices that changed, and KL. `rows`: layer, flip_rate, kl."""
     layers = [int(row["layer"]) for row in rows]
     with style.drawing():
         drawing, axes = style.canvas(_WIDTH, 2.7, columns=2)
@@ -145,6 +146,9 @@ def losses(logs: Mapping[str, Sequence[Mapping[str, Any]]], name: str = "losses"
     curves = {stage: found for stage, log in logs.items() if (found := _curves(log))}
     if not curves:
         return None
+    # One colour per loss over all stages, so that one legend serves all panels.
+    names = list(dict.fromkeys(key for found in curves.values() for key in found))
+    colours = {key: style.SERIES[index % len(style.SERIES)] for index, key in enumerate(names)}
     columns = min(2, len(curves))
     rows = -(-len(curves) // columns)
     with style.drawing():
@@ -152,17 +156,17 @@ def losses(logs: Mapping[str, Sequence[Mapping[str, Any]]], name: str = "losses"
         for axis in axes[len(curves) :]:
             axis.set_axis_off()
         for axis, (stage, found) in zip(axes, curves.items(), strict=False):
-            for (key, points), colour in zip(found.items(), style.SERIES, strict=False):
+            for key, points in found.items():
                 mark = "o" if len(points) < 3 else None
-                axis.plot(*zip(*points, strict=True), color=colour, linewidth=1.6, marker=mark, label=style.plain(key))
+                axis.plot(*zip(*points, strict=True), color=colours[key], linewidth=1.6, marker=mark)
             axis.set_title(style.plain(stage), loc="left", fontsize=10)
             axis.set_xlabel("step")
             axis.set_ylabel("loss")
             axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-            axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
+            highest = max(value for points in found.values() for _, value in points)
+            axis.set_ylim(min(0.0, axis.get_ylim()[0]), 1.1 * highest if highest > 0 else None)
             axis.grid(axis="y")
-            if len(found) > 1:
-                axis.legend(fontsize=8)
+        style.legend(drawing, [Line2D([], [], color=colour) for colour in colours.values()], names)
         return style.svg(drawing, name, "Training losses per stage.")
 
 

@@ -53,7 +53,7 @@ class TableRow:
 
 def table_row(figure: Figure) -> TableRow:
     """The line of one figure."""
-    change = "" if figure.change is None else f"{100 * figure.change:+.1f}".replace("-", "\u2212")
+    change = "" if figure.change is None else _signed(figure.change)
     controls = {name: found for name, rate in figure.controls.items() if (found := _cell(rate)) is not None}
     return TableRow(
         figure.key,
@@ -110,8 +110,8 @@ def what_changed(run: Artefacts) -> Facts:
         verdicts = {True: "yes, bit for bit", False: "NO", None: "not claimed (every weight may move)"}
         facts.append(("Everything else identical to the original", verdicts[diagnostics["untouched_identical"]]))
     if isinstance(diagnostics.get("router_restore_gap"), (int, float)):
-        gap = f"{100 * diagnostics['router_restore_gap']:+.1f} points".replace("-", "\u2212")
-        facts.append(("Attack success with the original router put back", gap))
+        gap = f"{_signed(diagnostics['router_restore_gap'])} points"
+        facts.append(("Change of attack success with the original router put back", gap))
     if isinstance(diagnostics.get("topk_flip_rate"), (int, float)):
         facts.append(("Expert choices that changed, mean over layers", percent(diagnostics["topk_flip_rate"])))
     return facts
@@ -134,6 +134,11 @@ def _experts_total(run: Artefacts) -> int | None:
         return sum(per_layer.values())
     layers, experts = run.expert_set.get("num_layers"), run.expert_set.get("num_experts")
     return layers * experts if isinstance(layers, int) and isinstance(experts, int) else None
+
+
+def _signed(share: float) -> str:
+    points = f"{100 * share:+.1f}"
+    return "0.0" if points in ("+0.0", "-0.0") else points.replace("-", "\u2212")
 
 
 def _of(part: float, whole: float | None) -> str:

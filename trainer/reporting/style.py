@@ -66,7 +66,7 @@ def plain(text: str, limit: int = 60) -> str:
 
 
 def svg(figure: Figure, name: str, description: str) -> str:
-    """The figure as an inline `<svg>`: no external reference, ids prefixed with `name`, described for screen readers."""
+    """The figure as an inline `<svg>`: no external reference, ids prefixed with `name`, with a description."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})

@@ -1,7 +1,7 @@
 """Routing consistency: train only the routers so that a jailbroken prompt routes like its refused plain twin.
 
-`L = mean over layers and pairs of KL(stopgrad(p_anchor) || p_adversarial)` (RASA), p the softmax of the router's logits in
-fp32, masked and per pair. A benign stream keeps harmless prompts routing as in the original model (MESA).
+`L = mean over layers and pairs of KL(stopgrad(p_anchor) || p_adversarial)` (RASA), p the softmax of the router's
+logits in fp32, masked and per pair. A benign stream keeps harmless prompts routing as in the original model (MESA).
 
 Shapes: B pairs, S positions, E experts, T = B x S tokens, C compared positions per pair.
 """
@@ -101,7 +101,9 @@ def fp32_routers(backbone: Backbone) -> Iterator[None]:
 
 
 def _dataset(tokenizer: PreTrainedTokenizerBase, rows: Sequence[ConsistencyRow]) -> Dataset:
-    columns: dict[str, list[Any]] = {f"{k}_{v}": [] for k in ("anchor", "adversarial", "benign") for v in ("ids", "prompt")}
+    columns: dict[str, list[Any]] = {
+        f"{k}_{v}": [] for k in ("anchor", "adversarial", "benign") for v in ("ids", "prompt")
+    }
     for row in rows:
         turns = {
             "anchor": encode(tokenizer, row.anchor_prompt, row.refusal),
@@ -117,7 +119,7 @@ def _dataset(tokenizer: PreTrainedTokenizerBase, rows: Sequence[ConsistencyRow])
 class RoutingConsistencyTrainer(Trainer):
     """transformers' Trainer with the routing loss; the loss is read from the routers, not from the model's output."""
 
-    _tag_names = ["routealign", "routing-consistency"]  # noqa: RUF012
+    _tag_names = ["routealign", "routing-consistency"]
 
     def __init__(
         self,
@@ -159,7 +161,9 @@ class RoutingConsistencyTrainer(Trainer):
         sides = {name: _batch(side) for name, side in inputs.items()}
         anchor = self._route(model, sides["anchor"], original=self.options.target == "original", grad=False)
         adversarial = self._route(model, sides["adversarial"], original=False, grad=True)
-        assert any(t.requires_grad for t in adversarial.logits_TE.values()), "no recorded router logit carries a gradient"
+        assert any(t.requires_grad for t in adversarial.logits_TE.values()), (
+            "no recorded router logit carries a gradient"
+        )
         losses = [
             self._pair_loss(anchor.logits_TE[i], adversarial.logits_TE[i], sides["anchor"], sides["adversarial"])
             for i in adversarial.logits_TE
@@ -191,7 +195,9 @@ class RoutingConsistencyTrainer(Trainer):
 
     def _compared(self, logits_TE: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Log-probabilities [B, C, E] at the compared positions and which of them are real, [B, C]."""
-        log_p_BSE = torch.log_softmax(logits_TE.float() / self.options.temperature, -1).view(*batch.input_ids_BS.shape, -1)
+        log_p_BSE = torch.log_softmax(logits_TE.float() / self.options.temperature, -1).view(
+            *batch.input_ids_BS.shape, -1
+        )
         prompt_B, length_B = batch.prompt_BS.sum(1), batch.response_BS.sum(1)
         if self.options.position == LAST_PROMPT:
             rows = torch.arange(len(prompt_B), device=log_p_BSE.device)

@@ -1,4 +1,4 @@
-"""Expert repair: train only the critical experts to refuse inside jailbreaks what the model refuses when asked plainly.
+"""Expert repair: train only the critical experts to refuse inside jailbreaks what the model refuses plainly.
 
 Two kinds of rows share a batch. `repair` rows carry the target refusal: cross-entropy on the response only. `retain`
 rows carry the original model's own answer: KL to the original model (which the split holds for free) or cross-entropy.
@@ -101,7 +101,9 @@ def _dataset(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length
     limit = max_length or max(len(turn.ids) for turn in turns)
     fitting = [(turn, row) for turn, row in zip(turns, rows, strict=True) if turn.prompt < limit]
     if not fitting:
-        raise UserError(f"repair.max_length: {limit} cuts every one of the {len(rows)} prompts; the shortest row needs more")
+        raise UserError(
+            f"repair.max_length: {limit} cuts every one of the {len(rows)} prompts; the shortest row needs more"
+        )
     return Dataset.from_dict(
         {
             "input_ids": [turn.ids[:limit] for turn, _ in fitting],
@@ -114,7 +116,7 @@ def _dataset(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length
 class ExpertRepairTrainer(SFTTrainer):
     """TRL's SFTTrainer with the two-stream loss and, for `replay`, the original routing pinned through the step."""
 
-    _tag_names = ["trl", "sft", "routealign", "expert-repair"]  # noqa: RUF012 (TRL's own attribute)
+    _tag_names = ["trl", "sft", "routealign", "expert-repair"]
 
     def __init__(
         self,
@@ -150,7 +152,7 @@ class ExpertRepairTrainer(SFTTrainer):
         if self._own_forward is None:
             self.trained.model.__dict__.pop("forward", None)
         else:
-            self.trained.model.forward = self._own_forward  # type: ignore[method-assign]
+            self.trained.model.forward = self._own_forward
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -170,13 +172,11 @@ class ExpertRepairTrainer(SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         assert not return_outputs, "the stage has no evaluation loop"
-        logging_now = self.state.global_step % max(int(self.args.logging_steps), 1) == 0
-        if logging_now and self.options.routing == "frozen":
-            with record(self.trained.backbone) as trace:
-                loss_B, loss = self._losses(model, inputs)
-            self._log_flips(trace, self._original_routing(model, inputs), inputs["attention_mask"])
-        else:
-            loss_B, loss = self._losses(model, inputs)
+        with record(self.trained.backbone) as routing:
+            logits_BRV, targets_BR, mask_BR = self._response_logits(model, inputs)
+        if self.state.global_step % max(int(self.args.logging_steps), 1) == 0:
+            self._log_flips(routing, self._original_routing(model, inputs), inputs["attention_mask"])
+        loss_B, loss = self._losses(model, inputs, logits_BRV, targets_BR, mask_BR)
         for name, chosen in (("repair_loss", ~inputs["retain"]), ("retain_loss", inputs["retain"])):
             if chosen.any():
                 self._metrics["train"][name].append(loss_B[chosen].mean().item())
@@ -184,17 +184,17 @@ class ExpertRepairTrainer(SFTTrainer):
         stop_unless_finite(loss.detach(), self.state.global_step, self.trained, self.folder, "repair")
         return loss
 
-    def _losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _losses(
+        self, model: nn.Module, inputs: dict[str, Any], logits_BRV: Tensor, targets_BR: Tensor, mask_BR: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Unweighted loss per row [B], detached, and the weighted loss."""
-        response_BS, retain_B = inputs["response"], inputs["retain"]
-        logits_BRV, targets_BR, mask_BR = self._response_logits(model, inputs)
+        retain_B = inputs["retain"]
         loss_BR = F.cross_entropy(logits_BRV.transpose(1, 2).float(), targets_BR, reduction="none")
         use_kl = self.options.retain_loss == "kl" and self.options.retain_weight > 0 and bool(retain_B.any())
         if use_kl:
             loss_BR = loss_BR.index_copy(0, retain_B.nonzero()[:, 0], self._kl(model, inputs, logits_BRV[retain_B]))
         loss_B = (loss_BR * mask_BR).sum(1) / mask_BR.sum(1).clamp(min=1)
         weight_B = torch.where(retain_B, self.options.retain_weight, 1.0)
-        assert response_BS.shape[0] == weight_B.shape[0]
         return loss_B.detach(), (weight_B * loss_B).mean()
 
     def _response_logits(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,7 +224,10 @@ class ExpertRepairTrainer(SFTTrainer):
     def _original_routing(self, model: nn.Module, inputs: dict[str, Any]) -> Trace:
         with self.trained.original() as original, record(original) as trace:
             self._runs(model, original.model)(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, logits_to_keep=1
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                use_cache=False,
+                logits_to_keep=1,
             )
         return trace
 

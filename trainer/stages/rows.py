@@ -43,7 +43,13 @@ class Mix:
 
 
 def repair_rows(
-    targets: Sequence[Target], refusals: dict[str, str], corpus: Corpus, mix: Mix, reply: Reply, judge: Judge, seed: int
+    targets: Sequence[Target],
+    refusals: dict[str, str],
+    corpus: Corpus,
+    mix: Mix,
+    reply: Reply,
+    judge: Judge,
+    seed: int,
 ) -> list[Row]:
     """All rows of the repair stage.
 

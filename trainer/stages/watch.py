@@ -32,8 +32,8 @@ class StageResult:
 def arguments(given: dict[str, Any], defaults: dict[str, Any], output_dir: Path, seed: int) -> dict[str, Any]:
     """Keyword arguments for a trainer's arguments class: the recipe's over the stage's over the project's own.
 
-    Checkpointing is ours (transformers' own resume does not restore fused experts, huggingface/transformers#48805), and
-    columns are kept because rows carry spans that no model signature names.
+    Checkpointing is ours (transformers' own resume does not restore fused experts, huggingface/transformers#48805),
+    and columns are kept because rows carry spans that no model signature names.
     """
     own: dict[str, Any] = {
         "output_dir": str(output_dir),

@@ -1,0 +1,133 @@
+"""Activation counts: exact, span-aware, and blind to padding."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep.schema import Prompt, Wrapper
+from tests.tiny import FAMILIES, NUM_LAYERS, TOP_K, tiny_model, tiny_tokenizer
+from trainer.chat import encode, pad
+from trainer.detection.counts import count_activations, per_sequence
+from trainer.detection.pairs import Pair
+from trainer.detection.scores import score, stability
+from trainer.moe.backbone import Backbone
+from trainer.moe.routing import record
+
+WRAPPER = Wrapper("w:0", "w", "seen", "w1 w2 [X] w3", "[X]")
+PAIRS = [
+    Pair(
+        Prompt(f"g:{i}", " ".join(f"w{(i * 7 + j) % 50}" for j in range(2 + i)), "harmful"),
+        WRAPPER,
+        "w40 w41 w42",
+        "w5 " * (i + 1),
+    )
+    for i in range(5)
+]
+
+
+@pytest.mark.parametrize("tokens", ["prompt", "response", "both"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_counted_token_activates_exactly_k_experts_per_layer(family: str, tokens: str) -> None:
+    backbone = Backbone.of(tiny_model(family)).check()
+    counts = count_activations(backbone, tiny_tokenizer(), PAIRS, tokens, batch_size=2)
+    for side in (counts.adversarial, counts.anchor):
+        assert (side.hits_PLE.sum(-1) == TOP_K * side.tokens_P[:, None]).all()
+    frame = counts.frame()
+    assert (frame.a1 + frame.d1 == counts.adversarial.tokens).all()
+    assert (frame.groupby("layer").a2.sum() == TOP_K * counts.anchor.tokens).all()
+    assert len(frame) == NUM_LAYERS * 8
+
+
+@pytest.mark.parametrize("tokens", ["prompt", "response", "both"])
+def test_batching_and_padding_do_not_change_the_counts(tokens: str) -> None:
+    backbone = Backbone.of(tiny_model()).check()
+    one = count_activations(backbone, tiny_tokenizer(), PAIRS, tokens, batch_size=1)
+    all_ = count_activations(backbone, tiny_tokenizer(), PAIRS, tokens, batch_size=5)
+    assert (one.adversarial.hits_PLE == all_.adversarial.hits_PLE).all()
+    assert (one.anchor.hits_PLE == all_.anchor.hits_PLE).all()
+    np.testing.assert_allclose(one.adversarial.mass_PLE, all_.adversarial.mass_PLE, rtol=1e-5)
+
+
+def test_counting_padding_too_would_change_the_counts() -> None:
+    """The planted fault: a span that covers padding must not go unnoticed."""
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    backbone = Backbone.of(model).check()
+    turns = [encode(tokenizer, p.goal.text, p.anchor_reply) for p in PAIRS]
+    batch = pad(turns, 0)
+    with record(backbone) as trace:
+        model(input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS)
+    ones = torch.ones_like(trace.weights_TK[0])
+    right = per_sequence(trace.index_TK[0], ones, batch.span("both"), 8)
+    faulty = per_sequence(trace.index_TK[0], ones, torch.ones_like(batch.span("both")), 8)
+    lengths = torch.tensor([len(t.ids) for t in turns])
+    assert (right.sum(1) == TOP_K * lengths).all()
+    assert not (faulty.sum(1) == TOP_K * lengths).all()
+
+
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_per_sequence_equals_counting_one_token_at_a_time(sequences: int, length: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    index_TK = torch.stack([torch.randperm(5, generator=generator)[:2] for _ in range(sequences * length)])
+    value_TK = torch.rand(sequences * length, 2, generator=generator)
+    span_BS = torch.rand(sequences, length, generator=generator) < 0.5
+    expected = torch.zeros(sequences, 5, dtype=torch.float64)
+    for token in range(sequences * length):
+        if span_BS.reshape(-1)[token]:
+            for slot in range(2):
+                expected[token // length, index_TK[token, slot]] += value_TK[token, slot].double()
+    torch.testing.assert_close(per_sequence(index_TK, value_TK, span_BS, 5), expected)
+
+
+def test_spans_split_a_turn_into_prompt_and_response() -> None:
+    turn = encode(tiny_tokenizer(), "w1 w2", "w3")
+    batch = pad([turn, encode(tiny_tokenizer(), "w1", "w3 w4 w5")], 0)
+    assert turn.prompt == 4  # <user> w1 w2 <assistant>
+    assert batch.span("prompt").sum(1).tolist() == [4, 3]
+    assert batch.span("response").sum(1).tolist() == [2, 4]  # with <eos>
+    assert (batch.span("both") == batch.attention_mask_BS.bool()).all()
+
+
+def test_a_template_that_rewrites_the_assistant_turn_still_gives_the_right_spans() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("%}<assistant> {% endif", "%}<assistant> w9 {% endif")
+    turn = encode(tokenizer, "w1", "w3")
+    assert tokenizer.decode(turn.ids) == "<user> w1 <assistant> w9 w3 <eos>"
+    assert turn.prompt == 4
+
+
+@pytest.mark.parametrize("kind", ["aad", "risk_difference", "gate_mass"])
+@pytest.mark.parametrize("pool", ["token", "pair"])
+def test_scores_of_equal_sides_are_zero(kind: str, pool: str) -> None:
+    backbone = Backbone.of(tiny_model()).check()
+    same = [Pair(p.goal, Wrapper("w:0", "w", "seen", "[X]", "[X]"), p.anchor_reply, p.anchor_reply) for p in PAIRS]
+    counts = count_activations(backbone, tiny_tokenizer(), same, "both", 3)
+    np.testing.assert_allclose(score(counts, kind, pool), 0.0, atol=1e-12)
+
+
+def test_risk_difference_sums_to_zero_in_every_layer() -> None:
+    counts = count_activations(Backbone.of(tiny_model()).check(), tiny_tokenizer(), PAIRS, "both", 3)
+    np.testing.assert_allclose(score(counts, "risk_difference", "token").sum(1), 0.0, atol=1e-12)
+
+
+def test_aad_weighs_pairs_and_risk_difference_weighs_tokens() -> None:
+    counts = count_activations(Backbone.of(tiny_model()).check(), tiny_tokenizer(), PAIRS, "response", 3)
+    by_hand = (counts.adversarial.hits_PLE / counts.adversarial.tokens_P[:, None, None]).mean(0) - (
+        counts.anchor.hits_PLE / counts.anchor.tokens_P[:, None, None]
+    ).mean(0)
+    np.testing.assert_allclose(score(counts, "aad", "token"), by_hand)
+    frame = counts.frame()
+    rd = frame.a1 / (frame.a1 + frame.d1) - frame.a2 / (frame.a2 + frame.d2)
+    np.testing.assert_allclose(score(counts, "risk_difference", "token").ravel(), rd)
+    active = (counts.adversarial.hits_PLE > 0).mean(0) - (counts.anchor.hits_PLE > 0).mean(0)
+    np.testing.assert_allclose(score(counts, "aad", "pair"), active)
+
+
+def test_stability_is_a_share_per_expert_that_sums_to_k() -> None:
+    counts = count_activations(Backbone.of(tiny_model()).check(), tiny_tokenizer(), PAIRS, "both", 3)
+    found = stability(counts, "aad", "token", k=4, per_layer_cap=2, resamples=20, seed=0)
+    assert found.min() >= 0 and found.max() <= 1
+    assert found.sum() == pytest.approx(4)
+    assert (found == stability(counts, "aad", "token", k=4, per_layer_cap=2, resamples=20, seed=0)).all()
