@@ -20,12 +20,10 @@ from trainer.run import Run, Stage
 from trainer.run_files import atomic_write
 from trainer.subject import Subject
 
-MEASURED = ("model", "data", "evaluate", "run.seed")
-
 
 def measure(run: Run, name: str, subject: Subject, after: Sequence[Stage] = ()) -> tuple[dict[str, Any], Stage]:
     """Every figure of the contract for the model as it is now; kept in the run folder, so asked once."""
-    stage = run.stage(name, subject.recipe.hash(*MEASURED), after=after)
+    stage = run.stage(name, subject.hash("evaluate"), after=after)
     folder = run.dir / "stages" / name
     if not stage.done:
         measurement = subject.suite.measure(subject.model, subject.tokenizer, label=name)
@@ -46,7 +44,7 @@ def diagnose(
     after: Sequence[Stage],
 ) -> tuple[dict[str, Any], Stage]:
     """Restore gap and routing drift of the repaired model on (prompt, reply) texts."""
-    stage = run.stage("diagnose", subject.recipe.hash(*MEASURED), after=after)
+    stage = run.stage("diagnose", subject.hash("evaluate"), after=after)
     path = run.dir / "stages" / "diagnose" / "diagnostics.json"
     if not stage.done:
         drift = routing_drift(trained, subject.tokenizer, texts(), subject.recipe.evaluate.batch_size)
@@ -71,7 +69,7 @@ def export_and_audit(
         RuntimeError: something outside the set moved, or the reloaded checkpoint answers differently. The checkpoint
             is kept for inspection, the stage does not count as done.
     """
-    stage = run.stage("export", subject.recipe.hash("model", "export"), after=after)
+    stage = run.stage("export", subject.hash("export"), after=after)
     audit_path, folder = run.dir / "audit.json", run.dir / "model"
     if not stage.done:
         trained.fuse()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from data_prep.errors import UserError
 from trainer.recipe import ModelSection
+
+if not sys.stderr.isatty():
+    logging.disable_progress_bar()  # off a terminal every redraw would be a line of the log
 
 
 def load(section: ModelSection) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

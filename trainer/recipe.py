@@ -146,7 +146,6 @@ class EvaluateSection(Section):
     )
     wraps_per_benign: Count = Field(2, description="jailbreak wrappers that each harmless test prompt is asked in")
     random_control: bool = Field(True, description="also repair a matched random set of experts, to compare with")
-    max_prompts: Count | None = Field(None, description="most prompts of each kind; null: all")
 
 
 class ExportSection(Section):

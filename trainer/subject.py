@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -16,6 +17,10 @@ from trainer.evaluation.suite import Suite
 from trainer.loading import load
 from trainer.moe.backbone import Backbone
 from trainer.recipe import Recipe
+from trainer.run_files import sha256, sha256_text
+
+HASHED_WHOLE = 256 * 2**20
+"""Files up to this size (bytes) are hashed; of larger ones, weights mostly, name, size and time must do."""
 
 
 @dataclass
@@ -28,6 +33,7 @@ class Subject:
     corpus: Corpus
     judge: RefusalJudge
     suite: Suite
+    fingerprint: str
 
     @classmethod
     def of(cls, recipe: Recipe) -> Subject:
@@ -49,11 +55,15 @@ class Subject:
             batch_size=recipe.evaluate.batch_size,
             wraps_per_benign=recipe.evaluate.wraps_per_benign,
         )
-        return cls(recipe, tokenizer, Backbone.of(model).check(), corpus, judge, suite)
+        return cls(recipe, tokenizer, Backbone.of(model).check(), corpus, judge, suite, _fingerprint(recipe))
 
     @property
     def model(self) -> PreTrainedModel:
         return self.backbone.model
+
+    def hash(self, *sections: str) -> str:
+        """Hash of these sections of the recipe and of the model's and data's files: what a stage's result rests on."""
+        return sha256_text(self.recipe.hash("model", "data", "run.seed", *sections) + self.fingerprint)
 
     def replies_of(self, model: PreTrainedModel) -> Callable[[Sequence[str], str], list[str]]:
         """(prompts, label) -> replies of `model`, as detection and the training rows ask for them."""
@@ -66,3 +76,20 @@ class Subject:
             batch_size=self.recipe.evaluate.batch_size,
             label=label,
         )
+
+
+def _fingerprint(recipe: Recipe) -> str:
+    """Digest of the local files that the recipe names, so that a changed file is noticed when a run is resumed."""
+    data = recipe.data
+    sources = [data.harmful, data.benign, data.borderline]
+    names = [recipe.model.name_or_path, data.jailbreaks.path, *(task.path for task in data.capability)]
+    names += [path for source in sources for path in (source.path, source.test_path) if path]
+    parts = []
+    for name in dict.fromkeys(names):
+        path = Path(name)
+        for file in sorted(path.glob("*")) if path.is_dir() else [path] if path.is_file() else []:
+            if file.is_file():
+                stat = file.stat()
+                small = stat.st_size <= HASHED_WHOLE
+                parts.append(f"{file.name} {sha256(file) if small else (stat.st_size, stat.st_mtime_ns)}")
+    return sha256_text("\n".join(parts))

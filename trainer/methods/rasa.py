@@ -90,7 +90,7 @@ class Identified:
 def identify(subject: Subject, run: Run) -> Identified:
     """Pairs, activation counts, scores, top-K. Kept in the run folder; adversarial replies are not."""
     recipe = subject.recipe
-    stage = run.stage("detect", recipe.hash("model", "data", "detect", "run.seed", "evaluate.refusal_markers"))
+    stage = run.stage("detect", subject.hash("detect", "evaluate.refusal_markers"))
     files = [run.dir / name for name in ("pairs.jsonl", "activations.parquet", "expert_set.json", "expert_set.png")]
     if not stage.done:
         found = build_pairs(
@@ -256,7 +256,7 @@ class Training:
         """Hash of the recipe's parts that a stage depends on, besides the stages before it."""
         own = {"repair": ["repair"], "consistency": ["repair", "consistency"]}
         sections = own.get(kind, ["repair", "consistency", "schedule", "evaluate"])
-        return self.subject.recipe.hash("model", "data", "run.seed", *sections)
+        return self.subject.hash(*sections)
 
     @property
     def _seed(self) -> int:

@@ -10,7 +10,6 @@ Shapes: B rows, S positions, R positions from the first response token of the ba
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -113,6 +112,14 @@ def _dataset(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length
     )
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What the original model does on a batch."""
+
+    routing: Trace
+    logits_BSV: Tensor
+
+
 class ExpertRepairTrainer(SFTTrainer):
     """TRL's SFTTrainer with the two-stream loss and, for `replay`, the original routing pinned through the step."""
 
@@ -128,6 +135,7 @@ class ExpertRepairTrainer(SFTTrainer):
         dataset: Dataset,
     ):
         self.trained, self.options, self.folder = trained, options, folder
+        self._replayed: Reference | None = None
         self._own_forward = trained.model.__dict__.get("forward")
         padding = pad_id(tokenizer)
 
@@ -158,10 +166,11 @@ class ExpertRepairTrainer(SFTTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         inputs = self._prepare_inputs(inputs)
-        with ExitStack() as stack:
-            if self.options.routing == "replay":
-                # Pinned through backward as well: checkpointing recomputes the forward there.
-                stack.enter_context(pin(self.trained.backbone, self._original_routing(model, inputs).index_TK))
+        if self.options.routing == "frozen":
+            return super().training_step(model, inputs, num_items_in_batch)
+        self._replayed = self._reference(model, inputs, torch.ones_like(inputs["retain"]))
+        # Pinned through backward as well: checkpointing recomputes the forward there.
+        with pin(self.trained.backbone, self._replayed.routing.index_TK):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
@@ -175,7 +184,8 @@ class ExpertRepairTrainer(SFTTrainer):
         with record(self.trained.backbone) as routing:
             logits_BRV, targets_BR, mask_BR = self._response_logits(model, inputs)
         if self.state.global_step % max(int(self.args.logging_steps), 1) == 0:
-            self._log_flips(routing, self._original_routing(model, inputs), inputs["attention_mask"])
+            original = self._replayed or self._reference(model, inputs, torch.ones_like(inputs["retain"]))
+            self._log_flips(routing, original.routing, inputs["attention_mask"])
         loss_B, loss = self._losses(model, inputs, logits_BRV, targets_BR, mask_BR)
         for name, chosen in (("repair_loss", ~inputs["retain"]), ("retain_loss", inputs["retain"])):
             if chosen.any():
@@ -209,27 +219,24 @@ class ExpertRepairTrainer(SFTTrainer):
 
     def _kl(self, model: nn.Module, inputs: dict[str, Any], logits_BRV: Tensor) -> Tensor:
         """KL(original || current) per position of the retain rows, [B_retain, R], in fp32."""
-        retain_B = inputs["retain"]
-        kept = logits_BRV.shape[1] + 1
-        with self.trained.original() as original:
-            reference_BRV = self._runs(model, original.model)(
-                input_ids=inputs["input_ids"][retain_B],
-                attention_mask=inputs["attention_mask"][retain_B],
-                use_cache=False,
-                logits_to_keep=kept,
-            ).logits[:, :-1]
-        reference = torch.log_softmax(reference_BRV.float(), -1)
+        retain_B, kept = inputs["retain"], logits_BRV.shape[1] + 1
+        if self._replayed is not None:
+            original_BSV = self._replayed.logits_BSV[retain_B]
+        else:
+            original_BSV = self._reference(model, inputs, retain_B, kept).logits_BSV
+        reference = torch.log_softmax(original_BSV[:, -kept:-1].float(), -1)
         return (reference.exp() * (reference - torch.log_softmax(logits_BRV.float(), -1))).sum(-1)
 
-    def _original_routing(self, model: nn.Module, inputs: dict[str, Any]) -> Trace:
-        with self.trained.original() as original, record(original) as trace:
-            self._runs(model, original.model)(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
+    def _reference(self, model: nn.Module, inputs: dict[str, Any], rows_B: Tensor, kept: int = 0) -> Reference:
+        """One forward of the original model: routing, and logits on the last `kept` positions (0: all)."""
+        with self.trained.original() as original, record(original) as routing:
+            logits_BSV = self._runs(model, original.model)(
+                input_ids=inputs["input_ids"][rows_B],
+                attention_mask=inputs["attention_mask"][rows_B],
                 use_cache=False,
-                logits_to_keep=1,
-            )
-        return trace
+                logits_to_keep=kept,
+            ).logits
+        return Reference(routing, logits_BSV)
 
     def _runs(self, wrapped: nn.Module, original: nn.Module) -> nn.Module:
         """The engine's wrapper where the original shares the trained model's weights, else the separate copy."""

@@ -19,6 +19,9 @@ from data_prep.errors import UserError
 from trainer.console import progress
 from trainer.moe.trained import Trained
 
+# transformers 5.23 renamed the switch; the old name warns there and is all that older releases know.
+OLD_CHECKPOINTING, NEW_CHECKPOINTING = "gradient_checkpointing", "activation_checkpointing"
+
 
 @dataclass(frozen=True)
 class StageResult:
@@ -43,19 +46,19 @@ def arguments(given: dict[str, Any], defaults: dict[str, Any], output_dir: Path,
         "disable_tqdm": True,
         "seed": seed,
         "logging_steps": 10,
-        "gradient_checkpointing": False,
         # Mixed precision is decided by the model's own dtype; TRL would switch autocast on by default.
         "bf16": False,
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     chosen = {**own, **defaults, **given}
-    if chosen["gradient_checkpointing"]:
+    checkpointing = [chosen.pop(name, None) for name in (OLD_CHECKPOINTING, NEW_CHECKPOINTING)]
+    details = [chosen.pop(f"{name}_kwargs", None) for name in (OLD_CHECKPOINTING, NEW_CHECKPOINTING)]
+    name = NEW_CHECKPOINTING if hasattr(TrainingArguments, NEW_CHECKPOINTING) else OLD_CHECKPOINTING
+    chosen[name] = any(checkpointing)  # TRL would switch it on by default
+    if chosen[name]:
         # Reentrant checkpointing detaches what hooks capture: routing losses would carry no gradient.
-        chosen["gradient_checkpointing_kwargs"] = {
-            **(chosen.get("gradient_checkpointing_kwargs") or {}),
-            "use_reentrant": False,
-        }
+        chosen[f"{name}_kwargs"] = {**(details[0] or {}), **(details[1] or {}), "use_reentrant": False}
     return chosen
 
 

@@ -1,0 +1,86 @@
+"""The recipe's `data` section."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from .schema import Metric
+
+SLICE = re.compile(r"^\s*(-?\d*)\s*:\s*(-?\d*)\s*(?::\s*(-?\d*)\s*)?$")
+SourceFormat = Literal["records", "advbench", "xstest", "alpaca", "qa"]
+
+
+def parse_slice(text: str) -> slice:
+    """A Python slice from its text, such as `0:320` or `1::2`; raises `ValueError` otherwise."""
+    found = SLICE.match(text)
+    if found is None:
+        raise ValueError(f"expected a count or a slice such as '0:320' or '1::2', not {text!r}")
+    start, stop, step = (int(part) if part else None for part in found.groups())
+    if step == 0:
+        raise ValueError(f"slice step cannot be zero: {text!r}")
+    return slice(start, stop, step)
+
+
+def _checked(rows: int | str) -> int | str:
+    if isinstance(rows, str):
+        parse_slice(rows)
+    elif rows < 0:
+        raise ValueError(f"a count cannot be negative: {rows}")
+    return rows
+
+
+Rows = Annotated[int | str, AfterValidator(_checked)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class SourceConfig(_Section):
+    """Where prompts come from and how many go where."""
+
+    path: str = Field(description="Local file (csv, json, jsonl, parquet), or a Hub data set id `owner/name`.")
+    format: SourceFormat = Field("records", description="How the file is read; see `data_prep.loaders.FORMATS`.")
+    column: str | None = Field(None, description="Column with the prompt, where the format does not fix it.")
+    revision: str | None = Field(None, description="Hub commit, tag or branch; only for Hub data sets.")
+    hub_split: str = Field("train", description="Split of the Hub data set.")
+    test_path: str | None = Field(None, description="Second file or data set that the test part is taken from.")
+    train: Rows = Field(0, description="Rows to train on: a count (seeded shuffle) or a slice, '0:320'.")
+    test: Rows = Field(0, description="Rows to evaluate on: a count (seeded shuffle) or a slice, '420:520'.")
+
+
+class JailbreakConfig(_Section):
+    """Which jailbreak templates are trained on, and which only measured."""
+
+    path: str = Field(description="File of templates: JSON {group: [template, ...]}, or CSV/JSONL with a text column.")
+    format: Literal["templates"] = Field("templates", description="How the file is read; only `templates`.")
+    placeholder: str = Field("[INSERT PROMPT HERE]", description="What stands for the goal inside a template.")
+    seen: list[str] = Field(
+        default_factory=list, description="Selectors of templates used in training: 'group', 'group[0]', 'group[0:4]'."
+    )
+    unseen: list[str] = Field(default_factory=list, description="Selectors of templates only measured.")
+    robust: list[str] = Field(default_factory=list, description="Selectors of templates the model already withstands.")
+
+
+class TaskConfig(_Section):
+    """A capability task: what the repaired model must still be able to do."""
+
+    name: str = Field(description="Name in the evaluation.")
+    path: str = Field(description="Local file or Hub data set id.")
+    format: Literal["qa", "records"] = Field("qa", description="`qa` reads question and answer columns.")
+    column: str | None = Field(None, description="Column with the question, for `records`.")
+    revision: str | None = Field(None, description="Hub commit, tag or branch; only for Hub data sets.")
+    hub_split: str = Field("test", description="Split of the Hub data set.")
+    metric: Metric = Field("exact_match", description="exact_match on the reply, or token_accuracy under the answer.")
+    test: Rows = Field(100, description="Rows to evaluate on: a count or a slice.")
+
+
+class DataConfig(_Section):
+    """The whole `data` section."""
+
+    harmful: SourceConfig = Field(description="Harmful goals, to be refused.")
+    jailbreaks: JailbreakConfig = Field(description="Templates that wrap a goal.")
+    benign: SourceConfig = Field(description="Harmless prompts, to be answered.")
+    borderline: SourceConfig = Field(description="Harmless prompts that look harmful, to be answered.")
+    capability: list[TaskConfig] = Field(default_factory=list, description="Capability tasks.")

@@ -1,0 +1,41 @@
+"""`python -m data_prep.organism --out DIR --seed 0`: build the organism and check its behaviour."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from .build import OrganismConfig, build
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0 when the behaviour targets are met, 1 when they are missed, 2 for a folder that is in the way."""
+    defaults = OrganismConfig()
+    parser = argparse.ArgumentParser(prog="python -m data_prep.organism", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(".cache/organism"), help="folder (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="seed of text and weights")
+    parser.add_argument("--steps", type=int, default=defaults.steps, help="training steps (default: %(default)s)")
+    parser.add_argument(
+        "--plant-weight",
+        type=float,
+        default=defaults.plant_weight,
+        help="how strongly the flaw is sent to its experts; 0 plants nothing (default: %(default)s)",
+    )
+    parser.add_argument("--threads", type=int, default=defaults.threads, help="torch threads (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    if options.steps < 1:
+        parser.error(f"--steps must be at least 1, found {options.steps}")
+    if options.threads < 1:
+        parser.error(f"--threads must be at least 1, found {options.threads}")
+    config = OrganismConfig(options.seed, options.steps, plant_weight=options.plant_weight, threads=options.threads)
+    try:
+        organism = build(options.out, config)
+    except OSError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if not organism.passed:
+        print(f"the organism in {organism.path} misses a behaviour target", file=sys.stderr)
+    return 0 if organism.passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""Jailbreak templates: selecting them from a file by role, and recombining them into training wrappers."""
+
+import json
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from .config import JailbreakConfig, parse_slice
+from .errors import UserError, unknown
+from .loaders import Source, read_rows
+from .schema import Role, Wrapper
+
+SELECTOR = re.compile(r"^(?P<group>[^\[\]]+)(?:\[(?P<pick>[^\[\]]+)\])?$")
+SENTENCE_END = re.compile(r"(?<=[.!?:\n])\s+")
+TEMPLATE_COLUMNS = ("text", "template", "prompt")
+
+
+def load_wrappers(config: JailbreakConfig) -> list[Wrapper]:
+    """The selected templates in the order seen, unseen, robust; a template's id is `<file>:<group>[<i>]`.
+
+    Raises `UserError` for an absent group, an index outside it, a template without the placeholder or in two roles.
+    """
+    groups = read_templates(config.path)
+    stem = Path(config.path).stem
+    wrappers: list[Wrapper] = []
+    roles: dict[str, tuple[str, Role]] = {}
+    selectors: tuple[tuple[Role, list[str]], ...] = (
+        ("seen", config.seen),
+        ("unseen", config.unseen),
+        ("robust", config.robust),
+    )
+    for role, chosen in selectors:
+        for selector in chosen:
+            for group, i in _select(groups, selector, f"data.jailbreaks.{role}", config.path):
+                wrapper = Wrapper(f"{stem}:{group}[{i}]", f"{group}[{i}]", role, groups[group][i], config.placeholder)
+                earlier = roles.setdefault(" ".join(wrapper.text.split()), (wrapper.id, role))
+                if earlier != (wrapper.id, role):
+                    raise UserError(
+                        f"{config.path}: template {wrapper.id} ({role}) is the same as {earlier[0]} ({earlier[1]}); "
+                        "a template may have one role, once"
+                    )
+                if wrapper not in wrappers:
+                    wrappers.append(wrapper)
+    return wrappers
+
+
+def read_templates(path: str) -> dict[str, list[str]]:
+    """`{group: [template, ...]}` of a JSON object, or of a table's text column (by its group column or the stem)."""
+    if Path(path).suffix == ".json" and Path(path).is_file():
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} cannot be read as json: {error}") from error
+        if isinstance(data, dict):
+            return _checked_groups(path, data)
+    rows = read_rows(Source(path, "harmful"))
+    column = next((name for name in TEMPLATE_COLUMNS if name in rows[0]), None)
+    if column is None:
+        raise unknown(f"column of {path}", TEMPLATE_COLUMNS[0], (str(name) for name in rows[0]))
+    groups: dict[str, list[str]] = {}
+    for row in rows:
+        groups.setdefault(str(row.get("group") or Path(path).stem), []).append(str(row[column]).strip())
+    return groups
+
+
+def _checked_groups(path: str, data: dict[str, object]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name, templates in data.items():
+        if not isinstance(templates, list) or not all(isinstance(text, str) for text in templates):
+            raise UserError(f"{path}: group {name!r} must be a list of template strings")
+        groups[name] = templates
+    if not any(groups.values()):
+        raise UserError(f"{path} holds no templates")
+    return groups
+
+
+def _select(groups: dict[str, list[str]], selector: str, key: str, path: str) -> Iterator[tuple[str, int]]:
+    found = SELECTOR.match(selector.strip())
+    if found is None:
+        raise UserError(f"{key}: {selector!r} is no selector; expected 'group', 'group[0]' or 'group[0:4]'")
+    group, pick = found["group"], found["pick"]
+    if group not in groups:
+        raise unknown(f"template group of {path} in {key}", group, groups)
+    size = len(groups[group])
+    if pick is None:
+        chosen = range(size)
+    elif re.fullmatch(r"-?\d+", pick):
+        index = int(pick)
+        if not -size <= index < size:
+            raise UserError(f"{key}: {selector!r} is outside group {group!r}, which has {size} templates")
+        chosen = range(index % size, index % size + 1)
+    else:
+        try:
+            part = parse_slice(pick)
+        except ValueError as error:
+            raise UserError(f"{key}: {selector!r}: {error}") from error
+        if any(bound is not None and abs(bound) > size for bound in (part.start, part.stop)):
+            raise UserError(f"{key}: {selector!r} exceeds group {group!r}, which has {size} templates")
+        chosen = range(size)[part]
+    if not chosen:
+        raise UserError(f"{key}: {selector!r} selects no template")
+    for i in chosen:
+        yield group, i
+
+
+def recombine(wrappers: list[Wrapper], contexts: list[str], n: int, seed: int) -> list[Wrapper]:
+    """`n` training wrappers made of the sentences of `wrappers` and, as harmless surroundings, of `contexts`.
+
+    Each takes sentences of one or two templates, drops some, often shuffles the rest, puts the goal at the start, in
+    the middle or at the end, and sometimes adds a context before or after. Same arguments, same result. All have
+    family `recombined` and role `seen`. Raises `UserError` without wrappers or when their placeholders differ.
+    """
+    if not wrappers:
+        raise UserError("recombining needs at least one jailbreak wrapper, found none")
+    placeholders = {wrapper.placeholder for wrapper in wrappers}
+    if len(placeholders) > 1:
+        raise UserError(f"recombined wrappers must share one placeholder, found {len(placeholders)}")
+    placeholder = placeholders.pop()
+    rng = random.Random(f"recombine:{seed}")
+    sources = [_sentences(wrapper) for wrapper in wrappers]
+    usable = [text.strip() for text in contexts if text.strip() and placeholder not in text]
+    made = []
+    for i in range(n):
+        parts = _mixed(rng, sources)
+        if usable and rng.random() < 0.4:
+            parts.insert(rng.choice((0, len(parts))), rng.choice(usable))
+        parts.insert(rng.choice((0, len(parts) // 2, len(parts))), placeholder)
+        made.append(Wrapper(f"recombined:{i}", "recombined", "seen", " ".join(parts), placeholder))
+    return made
+
+
+def _sentences(wrapper: Wrapper) -> list[str]:
+    """The template's sentences with the placeholder and the quotes around it taken out."""
+    bare = wrapper.text
+    for quoted in (f'"{wrapper.placeholder}"', f"'{wrapper.placeholder}'", wrapper.placeholder):
+        bare = bare.replace(quoted, "\n")
+    parts = (part.strip() for line in bare.split("\n") for part in SENTENCE_END.split(line))
+    return [part for part in parts if any(c.isalnum() for c in part)]
+
+
+def _mixed(rng: random.Random, sources: list[list[str]]) -> list[str]:
+    first = rng.choice(sources)
+    parts = list(first)
+    if len(sources) > 1 and rng.random() < 0.5:
+        other = rng.choice([source for source in sources if source is not first])
+        parts = parts[: (len(parts) + 1) // 2] + other[len(other) // 2 :]
+    dropped = rng.choice((0.0, 0.0, 0.2, 0.4))
+    kept = [part for part in parts if rng.random() >= dropped]
+    if rng.random() < 0.6:
+        rng.shuffle(kept)
+    return kept
