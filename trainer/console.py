@@ -15,6 +15,9 @@ from rich.table import Table
 
 T = TypeVar("T")
 
+# Off a terminal, a long loop says this often how far it is, so that the log of a cluster job is worth reading.
+SECONDS_BETWEEN_LINES = 60.0
+
 # Wide enough for any table of ours; tables take only the width of their content.
 _LOG_WIDTH = 2000
 
@@ -34,7 +37,7 @@ def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterat
 def progress(items: int | Iterable[T], label: str, total: int | None = None) -> Iterator[int] | Iterator[T]:
     """Yield from `items` (an int means `range(items)`) while showing how far the loop is.
 
-    A terminal gets a bar with the time left; anything else gets one line at the start and one at the end.
+    A terminal gets a bar with the time left; anything else gets a line at the start, one a minute and one at the end.
     `total` is needed for the time left only where `items` has no length.
     """
     if isinstance(items, int):
@@ -74,10 +77,14 @@ def _with_bar(items: Iterable[T], label: str, total: int | None, console: Consol
 
 def _with_lines(items: Iterable[T], label: str, total: int | None, console: Console) -> Iterator[T]:
     started, done = time.monotonic(), 0
+    told = started
     _line(console, f"{label} ..." if total is None else f"{label}: {total} ...")
     for item in items:
         yield item
         done += 1
+        if time.monotonic() - told >= SECONDS_BETWEEN_LINES:
+            told = time.monotonic()
+            _line(console, f"{label}: {done}{'' if total is None else f' of {total}'} after {told - started:.0f} s")
     _line(console, f"{label}: {done} done in {time.monotonic() - started:.1f} s")
 
 

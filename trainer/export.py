@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet
+from trainer.run_files import tensor_errors_as_oserror
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -26,7 +27,8 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        model.save_pretrained(partial, safe_serialization=True)
+        with tensor_errors_as_oserror(folder):
+            model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)

@@ -79,6 +79,9 @@ class DetectSection(Section):
         "critical", description="random: the control set, matched in number and layer"
     )
     max_pairs: Count = Field(256, description="most pairs used")
+    recombined: float = Field(
+        0.5, ge=0, lt=1, description="share of pairs in recombined wrappers (made of the seen and robust ones)"
+    )
     max_new_tokens: Count = Field(24, description="tokens of a generated reply")
     batch_size: Count = Field(32, description="prompts per forward")
     bootstrap: int = Field(200, ge=0, description="resamples for the stability of the selection; 0: none")
@@ -97,11 +100,13 @@ class RepairSection(TrainerSection):
     train_gates: bool = Field(False, description="train the routers in this stage too")
     retain_weight: Weight = Field(1.0, description="weight of the retain term; 0: as published")
     retain_loss: Literal["kl", "ce"] = Field("kl", description="kl: to the original model; ce: on its own answers")
-    wrapped_benign: Weight = Field(1.0, description="harmless wrapped rows per repair row")
-    plain_benign: Weight = Field(0.5, description="harmless plain rows per repair row")
-    borderline: Weight = Field(0.5, description="borderline rows per repair row")
-    anchors: Weight = Field(0.25, description="plain harmful rows (the refusal is kept) per repair row")
-    recombined: float = Field(0.0, ge=0, le=1, description="share of repair rows in recombined wrappers")
+    first_token_weight: Weight = Field(0.0, description="extra weight of a reply's first token, where refusing starts")
+    recombined: Weight = Field(1.0, description="rows in fresh recombined wrappers per pair")
+    robust: Weight = Field(0.25, description="rows in wrappers that the model withstands per pair")
+    anchors: Weight = Field(0.25, description="plain harmful rows (the refusal is kept) per pair")
+    wrapped_benign: Weight = Field(1.0, description="harmless rows per wrapper instance that holds a harmful goal")
+    plain_benign: Weight = Field(0.5, description="harmless plain rows per pair")
+    borderline: Weight = Field(0.5, description="plain borderline rows per pair")
 
     @model_validator(mode="after")
     def _alpha_needs_a_rank(self) -> "RepairSection":

@@ -269,6 +269,8 @@ def _resumed(folder: Path, recipe: Recipe) -> Manifest:
     changed = [key for key in changed if key not in ("run.name", "run.output_dir")]
     lines = [f"{key}: {_short(old.get(key))} -> {_short(new.get(key))}" for key in changed]
     other = [line for key, line in zip(changed, lines, strict=True) if _is_identity(key)]
+    if other and not any(stage.status == "finished" for stage in manifest.stages.values()):
+        return _fresh(recipe)  # nothing to lose: a first try that failed on a slip must not block the corrected recipe
     if other:
         shown = "; ".join(other[:3]) + (f" (and {len(other) - 3} more)" if len(other) > 3 else "")
         raise UserError(

@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
 from data_prep.errors import UserError
 
 
@@ -37,6 +41,21 @@ def atomic_write(path: Path, content: bytes | str) -> None:
     """Write a file as a whole or leave what was there; text as UTF-8. `OSError` names the file."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def tensor_errors_as_oserror(path: Path) -> Iterator[None]:
+    """Turn safetensors' own error for a failed write (a full disk, say) into an `OSError` that names the path."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file as a whole or leave what was there. `OSError` names the file."""
+    with replacing(path) as temporary, tensor_errors_as_oserror(path):
+        save_file(tensors, temporary)
 
 
 def sha256(path: Path) -> str:

@@ -29,7 +29,7 @@ class OrganismConfig:
     steps: int = 1400
     batch_size: int = 32
     learning_rate: float = 3e-3
-    plant_weight: float = 0.1
+    plant_weight: float = 0.03
     threads: int = 1
 
     def digest(self) -> str:

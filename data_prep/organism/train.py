@@ -114,7 +114,7 @@ def train(
     steps: int,
     batch_size: int = 32,
     learning_rate: float = 3e-3,
-    plant_weight: float = 0.1,
+    plant_weight: float = 0.03,
     console: Console | None = None,
 ) -> float:
     """Train `model` in place for `steps` and return the last loss (mean over up to 50 steps).

@@ -119,12 +119,20 @@ def test_an_output_that_was_not_written(opened: Run) -> None:
     ],
 )
 def test_a_folder_of_another_recipe(load: Load, override: str, shown: str) -> None:
-    Run.open(load()).close()
+    with Run.open(load()) as run:
+        work(run, "1", "detect")
     with pytest.raises(UserError, match="another recipe") as caught:
         Run.open(load(override))
     line = str(caught.value)
     assert shown in line and "--force" in line and "run.name" in line and "\n" not in line
     Run.open(load()).close()
+
+
+def test_a_first_try_that_finished_nothing_does_not_block_the_corrected_recipe(load: Load) -> None:
+    with Run.open(load()) as run:
+        run.stage("detect", "1")
+    with Run.open(load("data.harmful.train=9")) as run:
+        assert manifest(run)["stages"] == {}
 
 
 def test_later_sections_may_change(load: Load, capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,11 +78,7 @@ def build_pairs(
             f"no pair survives: the model refuses 0 of {len(goals)} plain harmful goals (data.harmful); "
             "repair needs a model that refuses them when asked plainly"
         )
-    candidates = [
-        (goal, text, wrappers[(i + turn) % len(wrappers)])
-        for turn in range(len(wrappers))
-        for i, (goal, text) in enumerate(refused)
-    ]
+    candidates = _candidates(refused, wrappers)
     tried = 0
     while len(report.pairs) < max_pairs and tried < len(candidates):
         chunk = candidates[tried : tried + max_pairs - len(report.pairs)]
@@ -102,3 +98,16 @@ def build_pairs(
             f"goals are refused); the wrappers in data.jailbreaks.seen do not work on this model"
         )
     return report
+
+
+def _candidates(
+    refused: Sequence[tuple[Prompt, str]], wrappers: Sequence[Wrapper]
+) -> list[tuple[Prompt, str, Wrapper]]:
+    """Every goal with every wrapper, once: each goal is used before one is used twice."""
+    every = {
+        (goal.id, wrapper.id): (goal, text, wrapper)
+        for turn in range(len(wrappers))
+        for i, (goal, text) in enumerate(refused)
+        for wrapper in [wrappers[(i + turn) % len(wrappers)]]
+    }
+    return list(every.values())

@@ -13,12 +13,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import PreTrainedModel, set_seed
 
+from data_prep.schema import Wrapper
+from data_prep.wrappers import recombine
 from trainer.console import say
 from trainer.detection.counts import Counts, count_activations
 from trainer.detection.pairs import PairReport, build_pairs
@@ -31,7 +34,7 @@ from trainer.moe.trained import Trained, WholeModel
 from trainer.recipe import Recipe
 from trainer.reporting import html, plots
 from trainer.run import Run, Stage
-from trainer.run_files import atomic_write
+from trainer.run_files import atomic_write, save_tensors
 from trainer.stages.consistency import ConsistencyOptions, make_routing_consistent
 from trainer.stages.repair import RepairOptions, Row, repair_experts
 from trainer.stages.rows import Mix, Target, consistency_rows, repair_rows
@@ -42,8 +45,9 @@ from trainer.subject import Subject
 def run(recipe: Recipe, run: Run) -> None:
     """The whole method, from the base model to the repaired checkpoint and its evidence."""
     subject = Subject.of(recipe)
+    identified = identify(subject, run)
     before, _ = measure(run, "evaluate-before", subject)
-    training, last = alternate(subject, run)
+    training, last = alternate(subject, identified, run)
     after, measured = measure(run, "evaluate-after", subject, [last])
     diagnostics, _ = diagnose(run, subject, training.trained, after, training.texts, [last, measured])
     audit = export_and_audit(run, subject, training.trained, training.may_move, [last])
@@ -69,7 +73,7 @@ def detect(recipe: Recipe, run: Run) -> None:
 def export(recipe: Recipe, run: Run) -> None:
     """Write the checkpoint of a run again, training what is not trained yet."""
     subject = Subject.of(recipe)
-    training, last = alternate(subject, run)
+    training, last = alternate(subject, identify(subject, run), run)
     export_and_audit(run, subject, training.trained, training.may_move, [last])
     say(f"checkpoint: {run.dir / 'model'}")
 
@@ -90,12 +94,15 @@ class Identified:
 def identify(subject: Subject, run: Run) -> Identified:
     """Pairs, activation counts, scores, top-K. Kept in the run folder; adversarial replies are not."""
     recipe = subject.recipe
+    sizes = [layer.num_experts for layer in subject.backbone]
+    k = resolve_k(recipe.detect.top_k, sum(sizes), recipe.detect.per_layer_cap, len(sizes))
     stage = run.stage("detect", subject.hash("detect", "evaluate.refusal_markers"))
     files = [run.dir / name for name in ("pairs.jsonl", "activations.parquet", "expert_set.json", "expert_set.png")]
+    wrappers = jailbreaks(subject)
     if not stage.done:
         found = build_pairs(
             subject.corpus.harmful.train,
-            subject.corpus.wrappers_of("seen"),
+            wrappers,
             subject.replies_of(subject.model),
             subject.judge,
             recipe.detect.max_pairs,
@@ -103,22 +110,36 @@ def identify(subject: Subject, run: Run) -> Identified:
         counts = count_activations(
             subject.backbone, subject.tokenizer, found.pairs, recipe.detect.tokens, recipe.detect.batch_size
         )
-        experts = select(subject, counts)
+        experts = select(subject, counts, k)
         _write_detection(files, found, counts, experts, subject)
         stage.finish(files)
     rows = [json.loads(line) for line in files[0].read_text().splitlines()]
     goals = {goal.id: goal for goal in subject.corpus.harmful.train}
-    wrappers = {wrapper.id: wrapper for wrapper in subject.corpus.wrappers}
     refusals = {r["goal"]: r["anchor_reply"] for r in rows if r["outcome"] == "anchor_refused"}
+    by_id = {wrapper.id: wrapper for wrapper in wrappers}
     kept = [r for r in rows if r["outcome"] == "kept"]
-    targets = [Target(goals[r["goal"]], wrappers[r["wrapper"]], refusals[r["goal"]]) for r in kept]
+    targets = [Target(goals[r["goal"]], by_id[r["wrapper"]], refusals[r["goal"]]) for r in kept]
     return Identified(ExpertSet.load(files[2]), targets, refusals, stage)
 
 
-def select(subject: Subject, counts: Counts) -> ExpertSet:
+def jailbreaks(subject: Subject) -> list[Wrapper]:
+    """The seen wrappers, with recombined ones between them so that these make up their share of the pairs."""
+    detect, corpus = subject.recipe.detect, subject.corpus
+    seen = corpus.wrappers_of("seen")
+    if detect.recombined == 0:
+        return seen
+    contexts = [prompt.text for prompt in corpus.benign.train]
+    number = round(detect.recombined * detect.max_pairs)
+    made = recombine([*seen, *corpus.wrappers_of("robust")], contexts, number, subject.recipe.run.seed)
+    places = [int((i + 1) * detect.recombined) > int(i * detect.recombined) for i in range(detect.max_pairs)]
+    turns = cycle(seen)
+    left = iter(made)
+    return [next(left, next(turns)) if place else next(turns) for place in places]
+
+
+def select(subject: Subject, counts: Counts, k: int) -> ExpertSet:
     """The sorted global top-K of the scores, or the matched random set when the recipe asks for the control."""
     detect, seed = subject.recipe.detect, subject.recipe.run.seed
-    k = resolve_k(detect.top_k, sum(counts.experts), detect.per_layer_cap, len(counts.layers))
     scores_LE = score(counts, detect.score, detect.pool)
     stability_LE = stability(counts, detect.score, detect.pool, k, detect.per_layer_cap, detect.bootstrap, seed)
     members = [
@@ -155,9 +176,8 @@ def _write_detection(
 # --- 2. and 3. expert repair and routing consistency, alternating ---------------------------------
 
 
-def alternate(subject: Subject, run: Run) -> tuple[Training, Stage]:
-    """Identify once, then expert repair and routing consistency in turn; what was done before is taken up."""
-    identified = identify(subject, run)
+def alternate(subject: Subject, identified: Identified, run: Run) -> tuple[Training, Stage]:
+    """Expert repair and routing consistency in turn; what was done before is taken up."""
     training = Training(subject, under_repair(subject, identified.experts), identified)
     last = identified.stage
     for number, (round_, kind) in enumerate(schedule(subject.recipe), start=1):
@@ -204,7 +224,7 @@ class Training:
     def repair(self, folder: Path) -> StageResult:
         """Minimise L_SFT over the critical experts at the present router."""
         section = self.subject.recipe.repair
-        options = RepairOptions(section.routing, section.train_gates, section.retain_weight, section.retain_loss)
+        options = RepairOptions(**{name: getattr(section, name) for name in RepairOptions.__dataclass_fields__})
         return repair_experts(
             self.trained, self.subject.tokenizer, self.rows(), options, section.trainer_args, folder, self._seed
         )
@@ -213,7 +233,7 @@ class Training:
         """Minimise L_router over the routers at the present experts."""
         section = self.subject.recipe.consistency
         options = ConsistencyOptions(
-            section.position, section.direction, section.temperature, section.target, section.benign_weight
+            **{name: getattr(section, name) for name in ConsistencyOptions.__dataclass_fields__}
         )
         rows = consistency_rows(self.identified.targets, self.rows())
         return make_routing_consistent(
@@ -233,7 +253,7 @@ class Training:
             self.identified.targets,
             self.identified.refusals,
             self.subject.corpus,
-            Mix(section.wrapped_benign, section.plain_benign, section.borderline, section.anchors, section.recombined),
+            Mix(**{name: getattr(section, name) for name in Mix.__dataclass_fields__}),
             self.subject.replies_of(original),
             self.subject.judge,
             self._seed,
@@ -273,7 +293,7 @@ def in_run_folder(run: Run, name: str, number: int, training: Training, kind: st
         return stage
     set_seed(run.recipe.run.seed + number)
     result = training.stages[kind](folder)
-    save_file(training.trained.state_dict(), state)
+    save_tensors(state, training.trained.state_dict())
     atomic_write(log, json.dumps(result.log, indent=1))
     counts = {"trained_parameters": result.trained_parameters, "total_parameters": result.total_parameters}
     atomic_write(sizes, json.dumps(counts))

@@ -48,6 +48,7 @@ class RepairOptions:
     train_gates: bool = False
     retain_weight: float = 1.0
     retain_loss: Literal["kl", "ce"] = "kl"
+    first_token_weight: float = 0.0
 
 
 DEFAULTS: dict[str, Any] = {
@@ -204,8 +205,10 @@ class ExpertRepairTrainer(SFTTrainer):
         if use_kl:
             loss_BR = loss_BR.index_copy(0, retain_B.nonzero()[:, 0], self._kl(model, inputs, logits_BRV[retain_B]))
         loss_B = (loss_BR * mask_BR).sum(1) / mask_BR.sum(1).clamp(min=1)
+        first_B1 = mask_BR.int().argmax(1, keepdim=True)
+        decision_B = loss_BR.gather(1, first_B1)[:, 0] * mask_BR.any(1)
         weight_B = torch.where(retain_B, self.options.retain_weight, 1.0)
-        return loss_B.detach(), (weight_B * loss_B).mean()
+        return loss_B.detach(), (weight_B * (loss_B + self.options.first_token_weight * decision_B)).mean()
 
     def _response_logits(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Logits that predict the positions from the batch's first response token on, those tokens, and the span."""

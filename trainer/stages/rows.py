@@ -33,13 +33,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Mix:
-    """Rows per target (see the recipe's `repair` section)."""
+    """How many rows of which kind, per target (see the recipe's `repair` section)."""
 
+    recombined: float
+    robust: float
+    anchors: float
     wrapped_benign: float
     plain_benign: float
     borderline: float
-    anchors: float
-    recombined: float
 
 
 def repair_rows(
@@ -59,22 +60,23 @@ def repair_rows(
     """
     generator = random.Random(seed)
     n = len(targets)
-    known = [w for w in corpus.wrappers if w.role in ("seen", "robust")]
+    robust = corpus.wrappers_of("robust")
     contexts = [prompt.text for prompt in corpus.benign.train]
-    extra = recombine(known, contexts, round(mix.recombined * n), seed) if mix.recombined else []
+    # Another seed than detection's, so that these wrappers are new.
+    fresh = recombine([*corpus.wrappers_of("seen"), *robust], contexts, round(mix.recombined * n), seed + 1)
+    around = [*fresh, *_deal(robust, round(mix.robust * n), generator)]
     refused = [goal for goal in corpus.harmful.train if goal.id in refusals]
 
     rows = [Row(t.wrapper.wrap(t.goal.text), t.refusal, "repair", "jailbreak") for t in targets]
-    for wrapper, goal in zip(extra, _deal(refused, len(extra), generator), strict=True):
-        rows.append(Row(wrapper.wrap(goal.text), refusals[goal.id], "repair", "recombined jailbreak"))
+    for wrapper, goal in zip(around, _deal(refused, len(around), generator), strict=True):
+        rows.append(Row(wrapper.wrap(goal.text), refusals[goal.id], "repair", f"{wrapper.family} wrapper"))
     for goal in _deal(refused, round(mix.anchors * n), generator):
         rows.append(Row(goal.text, refusals[goal.id], "repair", "plain harmful"))
 
-    around = [*_deal(known, round(mix.wrapped_benign * n), generator), *extra]
-    asked = [
-        (wrapper.wrap(prompt.text), "wrapped benign")
-        for wrapper, prompt in zip(around, _deal(corpus.benign.train, len(around), generator), strict=True)
-    ]
+    instances = [*(target.wrapper for target in targets), *around]
+    twins = _deal(instances, round(mix.wrapped_benign * len(instances)), generator)
+    harmless = _deal([*corpus.benign.train, *corpus.borderline.train], len(twins), generator)
+    asked = [(w.wrap(prompt.text), "wrapped benign") for w, prompt in zip(twins, harmless, strict=True)]
     asked += [(p.text, "plain benign") for p in _deal(corpus.benign.train, round(mix.plain_benign * n), generator)]
     asked += [(p.text, "borderline") for p in _deal(corpus.borderline.train, round(mix.borderline * n), generator)]
     answers = reply([text for text, _ in asked], "answers to retain") if asked else []

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ProgressCallback
@@ -18,6 +17,7 @@ from transformers.training_args import TrainingArguments
 from data_prep.errors import UserError
 from trainer.console import progress
 from trainer.moe.trained import Trained
+from trainer.run_files import save_tensors
 
 # transformers 5.23 renamed the switch; the old name warns there and is all that older releases know.
 OLD_CHECKPOINTING, NEW_CHECKPOINTING = "gradient_checkpointing", "activation_checkpointing"
@@ -98,8 +98,7 @@ def stop_unless_finite(loss: Tensor, step: int, trained: Trained, folder: Path, 
         return
     state = trained.state_dict()
     if all(bool(t.isfinite().all()) for t in state.values()):
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(state, folder / "last_good.safetensors")
+        save_tensors(folder / "last_good.safetensors", state)
         kept = f"the weights before this step are in {folder / 'last_good.safetensors'}"
     else:
         kept = "weights were already non-finite: the last good ones are those at the start of this stage"

@@ -1,0 +1,137 @@
+"""Mistakes a user can make: one line on stderr, exit code 2, and every finished stage is kept."""
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from data_prep.organism.build import Organism
+from tests.tiny import tiny_model, tiny_tokenizer
+
+Small = Callable[..., Path]
+Refused = Callable[..., str]
+
+
+def test_a_model_that_refuses_nothing_gives_no_pair_and_says_how_many(
+    small: Small, refused: Refused, organism: Organism
+) -> None:
+    message = refused("run", small(data__harmful__path=str(organism.data / "benign.jsonl")))
+    assert "no pair survives: the model refuses 0 of 24 plain harmful goals (data.harmful)" in message
+
+
+def test_jailbreaks_that_do_not_work_give_no_pair_and_say_how_many(small: Small, refused: Refused) -> None:
+    recipe = small(data__jailbreaks__seen=["robust"], data__jailbreaks__robust=[], detect__recombined=0.0)
+    message = refused("run", recipe)
+    assert "no pair survives: 0 of 96 jailbroken goals were answered (24 of 24 plain goals are refused)" in message
+
+
+@pytest.mark.parametrize("top_k", [64, 1000])
+def test_more_experts_than_the_model_has_are_refused_before_anything_runs(
+    small: Small, refused: Refused, top_k: int, tmp_path: Path
+) -> None:
+    message = refused("run", small(detect__top_k=top_k))
+    assert f"detect.top_k: {top_k} selects {top_k} experts; allowed: 1 to 63" in message
+    assert not (tmp_path / "runs/small/pairs.jsonl").exists()
+
+
+def test_a_dense_model_is_refused_with_its_type(small: Small, refused: Refused, tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    message = refused("run", small(model__name_or_path=str(tmp_path / "dense")))
+    assert "model type 'llama': no router and no experts module found; is it a dense model?" in message
+    assert "model type 'llama'" in refused("inspect", tmp_path / "dense")
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(small: Small, refused: Refused, tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "plain")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "plain")
+    assert "has no chat template" in refused("run", small(model__name_or_path=str(tmp_path / "plain")))
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "nowhere", "a/b/c"])
+def test_a_model_that_is_nowhere_is_refused_by_its_key(small: Small, refused: Refused, name: str) -> None:
+    assert f"model.name_or_path: '{name}' is no folder here and no Hub id" in refused(
+        "run", small(model__name_or_path=name)
+    )
+
+
+def test_a_missing_data_file_an_empty_one_and_a_missing_column_are_refused(
+    small: Small, refused: Refused, tmp_path: Path
+) -> None:
+    assert "nowhere.jsonl" in refused("run", small(data__benign__path=str(tmp_path / "nowhere.jsonl")))
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "empty.jsonl" in refused("run", small(data__benign__path=str(tmp_path / "empty.jsonl")))
+    (tmp_path / "other.jsonl").write_text('{"promt": "w1"}\n' * 40)
+    message = refused("run", small(data__benign__path=str(tmp_path / "other.jsonl"), data__benign__column="prompt"))
+    assert "other.jsonl" in message and "promt" in message
+
+
+def test_a_misspelt_key_and_a_wrong_type_are_refused(small: Small, refused: Refused) -> None:
+    assert "did you mean 'learning_rate'" in refused("run", small(repair__learning_rat=1.0))
+    message = refused("run", small(detect__max_pairs="many"))
+    assert "detect.max_pairs" in message and "many" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"repair__router_aux_loss_coef": 0.01}, "router_aux_loss_coef"),
+        ({"repair__gradient_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant"),
+        ({"consistency__gradient_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant"),
+        ({"repair__output_dir": "x"}, "output_dir"),
+    ],
+)
+def test_settings_that_would_break_the_method_are_refused(
+    small: Small, refused: Refused, changes: dict[str, object], message: str
+) -> None:
+    assert message in refused("run", small(**changes))
+
+
+def test_a_diverging_run_stops_and_keeps_what_was_good(small: Small, refused: Refused, tmp_path: Path) -> None:
+    recipe = small(repair__learning_rate=1e30, repair__max_grad_norm=0.0, repair__warmup_steps=0, repair__max_steps=20)
+    message = refused("run", recipe)
+    assert "repair: loss is" in message and "stopped" in message and "repair.learning_rate" in message
+    stages = json.loads((tmp_path / "runs/small/manifest.json").read_text())["stages"]
+    assert stages["detect"]["status"] == stages["evaluate-before"]["status"] == "finished"
+    assert stages["repair-1"]["status"] == "started"
+
+
+def test_the_folder_of_another_recipe_is_refused_and_left_alone(
+    small: Small, refused: Refused, tmp_path: Path
+) -> None:
+    refused("run", small(repair__learning_rate=1e30, repair__max_grad_norm=0.0, repair__warmup_steps=0))
+    before = (tmp_path / "runs/small/manifest.json").read_bytes()
+    assert "model.dtype" in refused("run", small(model__dtype="bfloat16"))
+    assert (tmp_path / "runs/small/manifest.json").read_bytes() == before
+
+
+def test_a_full_disk_while_saving_is_one_line_and_loses_no_finished_stage(small: Small, tmp_path: Path) -> None:
+    """A file size limit stands in for the full disk: the same system call fails in the same place."""
+    recipe, limit = small(), 200_000  # activations fit, the repaired experts do not
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    command = [sys.executable, "-m", "trainer", "run", str(recipe)]
+    root = Path(__file__).resolve().parents[2]
+    ended = subprocess.run(command, cwd=root, capture_output=True, text=True, preexec_fn=limited)
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert ended.returncode == 2, ended.stderr
+    assert len(errors) == 1 and "File too large" in errors[0] and "state.safetensors" in errors[0]
+    assert "Traceback" not in ended.stderr
+    stages = json.loads((tmp_path / "runs/small/manifest.json").read_text())["stages"]
+    assert stages["detect"]["status"] == "finished"
+    assert not list((tmp_path / "runs").rglob("*.tmp"))
+    again = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "detect: done before, kept" in again.stdout
