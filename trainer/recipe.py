@@ -69,7 +69,9 @@ class ModelSection(Section):
 
 class DetectSection(Section):
     tokens: Literal["prompt", "response", "both"] = Field("both", description="positions whose experts are counted")
-    score: Literal["aad", "risk_difference", "gate_mass"] = Field("aad", description="what experts are ranked by")
+    score: Literal["aad", "risk_difference", "gate_mass", "saliency"] = Field(
+        "aad", description="what experts are ranked by; saliency: the gradient of the repair loss"
+    )
     pool: Literal["token", "pair"] = Field("token", description="mean over all tokens, or over pairs of their means")
     top_k: Count | Share = Field(
         0.125, description="number of experts, or share of all routed experts (0 < share < 1)"

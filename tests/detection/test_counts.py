@@ -11,6 +11,7 @@ from tests.tiny import FAMILIES, NUM_LAYERS, TOP_K, tiny_model, tiny_tokenizer
 from trainer.chat import encode, pad
 from trainer.detection.counts import count_activations, per_sequence
 from trainer.detection.pairs import Pair
+from trainer.detection.saliency import gradient_saliency
 from trainer.detection.scores import score, stability
 from trainer.moe.backbone import Backbone
 from trainer.moe.routing import record
@@ -127,7 +128,35 @@ def test_aad_weighs_pairs_and_risk_difference_weighs_tokens() -> None:
 
 def test_stability_is_a_share_per_expert_that_sums_to_k() -> None:
     counts = count_activations(Backbone.of(tiny_model()).check(), tiny_tokenizer(), PAIRS, "both", 3)
-    found = stability(counts, "aad", "token", k=4, per_layer_cap=2, resamples=20, seed=0)
-    assert found.min() >= 0 and found.max() <= 1
-    assert found.sum() == pytest.approx(4)
-    assert (found == stability(counts, "aad", "token", k=4, per_layer_cap=2, resamples=20, seed=0)).all()
+
+    def found(seed: int) -> np.ndarray:
+        return stability(
+            lambda rows: score(counts.take(rows), "aad", "token"), len(counts), counts.experts, 4, 2, 20, seed
+        )
+
+    assert found(0).min() >= 0 and found(0).max() <= 1
+    assert found(0).sum() == pytest.approx(4)
+    assert (found(0) == found(0)).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saliency_is_the_squared_gradient_of_the_refusal_after_the_jailbreak(family: str) -> None:
+    model, tokenizer = tiny_model(family), tiny_tokenizer()
+    backbone = Backbone.of(model).check()
+    found = gradient_saliency(backbone, tokenizer, PAIRS, batch_size=5)
+    assert found.shape == (1, NUM_LAYERS, 8)
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+
+    down = model.model.layers[1].mlp.experts.down_proj.requires_grad_(True)
+    losses = []
+    for pair in PAIRS:
+        turn = encode(tokenizer, pair.adversarial_prompt, pair.anchor_reply)
+        ids = torch.tensor([turn.ids])
+        losses.append(
+            torch.nn.functional.cross_entropy(model(ids).logits[0, turn.prompt - 1 : -1], ids[0, turn.prompt :])
+        )
+    torch.stack(losses).mean().backward()
+    assert down.grad is not None
+    down_only = down.grad.double().flatten(1).square().sum(1).numpy()
+    assert (found[0, 1] >= down_only * 0.999).all()
+    assert (found[0, 1] > 0).any()

@@ -5,6 +5,7 @@ Shapes: P pairs, L MoE layers, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -41,13 +42,23 @@ def _rates(side: Side, kind: Score, pool: Pool) -> NDArray[np.float64]:
 
 
 def stability(
-    counts: Counts, kind: Score, pool: Pool, k: int, per_layer_cap: int | None, resamples: int, seed: int
+    score_of: Callable[[NDArray[np.int64]], NDArray[np.float64]],
+    samples: int,
+    experts: list[int],
+    k: int,
+    per_layer_cap: int | None,
+    resamples: int,
+    seed: int,
 ) -> NDArray[np.float64]:
-    """Share [L, E] of bootstrap resamples over pairs in which an expert is among the selected `k`."""
+    """Share [L, E] of bootstrap resamples in which an expert is among the selected `k`.
+
+    `score_of(rows)` is the score of a resample; `rows` are drawn with replacement from `samples` pairs, or batches of
+    pairs.
+    """
     generator = np.random.default_rng(seed)
-    selected_LE = np.zeros((len(counts.layers), max(counts.experts)))
+    selected_LE = np.zeros((len(experts), max(experts)))
     for _ in range(resamples):
-        sample = counts.take(generator.integers(len(counts), size=len(counts)))
-        for layer, expert in top_k(score(sample, kind, pool), counts.experts, k, per_layer_cap):
+        scores_LE = score_of(generator.integers(samples, size=samples))
+        for layer, expert in top_k(scores_LE, experts, k, per_layer_cap):
             selected_LE[layer, expert] += 1
     return selected_LE / max(resamples, 1)

@@ -17,6 +17,7 @@ from itertools import cycle
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, set_seed
 
@@ -24,7 +25,8 @@ from data_prep.schema import Wrapper
 from data_prep.wrappers import recombine
 from trainer.console import say
 from trainer.detection.counts import Counts, count_activations
-from trainer.detection.pairs import PairReport, build_pairs
+from trainer.detection.pairs import Pair, PairReport, build_pairs
+from trainer.detection.saliency import gradient_saliency
 from trainer.detection.scores import score, stability
 from trainer.detection.selection import resolve_k, top_k
 from trainer.evidence import diagnose, export_and_audit, measure, print_summary, random_control
@@ -34,7 +36,7 @@ from trainer.moe.trained import Trained, WholeModel
 from trainer.recipe import Recipe
 from trainer.reporting import html, plots
 from trainer.run import Run, Stage
-from trainer.run_files import atomic_write, save_tensors
+from trainer.run_files import atomic_write, replacing, save_tensors
 from trainer.stages.consistency import ConsistencyOptions, make_routing_consistent
 from trainer.stages.repair import RepairOptions, Row, repair_experts
 from trainer.stages.rows import Mix, Target, consistency_rows, repair_rows
@@ -110,8 +112,10 @@ def identify(subject: Subject, run: Run) -> Identified:
         counts = count_activations(
             subject.backbone, subject.tokenizer, found.pairs, recipe.detect.tokens, recipe.detect.batch_size
         )
-        experts = select(subject, counts, k)
-        _write_detection(files, found, counts, experts, subject)
+        score_of, samples = scoring(subject, found.pairs, counts)
+        scores_LE = score_of(np.arange(samples))
+        experts = select(subject, counts, k, score_of, samples)
+        _write_detection(files, found, counts, scores_LE, experts)
         stage.finish(files)
     rows = [json.loads(line) for line in files[0].read_text().splitlines()]
     goals = {goal.id: goal for goal in subject.corpus.harmful.train}
@@ -137,36 +141,44 @@ def jailbreaks(subject: Subject) -> list[Wrapper]:
     return [next(left, next(turns)) if place else next(turns) for place in places]
 
 
-def select(subject: Subject, counts: Counts, k: int) -> ExpertSet:
+ScoreOf = Callable[[NDArray[np.int64]], NDArray[np.float64]]
+"""Rows (with repeats) of the pairs, or of batches of pairs, -> scores [L, E] on those rows."""
+
+
+def scoring(subject: Subject, pairs: list[Pair], counts: Counts) -> tuple[ScoreOf, int]:
+    """The recipe's score as a function of the sample, and the size of the sample it is resampled from."""
+    detect = subject.recipe.detect
+    if detect.score == "saliency":
+        norms_MLE = gradient_saliency(subject.backbone, subject.tokenizer, pairs, detect.batch_size)
+        return lambda rows: norms_MLE[rows].mean(0), len(norms_MLE)
+    kind = detect.score
+    return lambda rows: score(counts.take(rows), kind, detect.pool), len(counts)
+
+
+def select(subject: Subject, counts: Counts, k: int, score_of: ScoreOf, samples: int) -> ExpertSet:
     """The sorted global top-K of the scores, or the matched random set when the recipe asks for the control."""
     detect, seed = subject.recipe.detect, subject.recipe.run.seed
-    scores_LE = score(counts, detect.score, detect.pool)
-    stability_LE = stability(counts, detect.score, detect.pool, k, detect.per_layer_cap, detect.bootstrap, seed)
+    scores_LE = score_of(np.arange(samples))
+    stability_LE = stability(score_of, samples, counts.experts, k, detect.per_layer_cap, detect.bootstrap, seed)
     members = [
         Member(counts.layers[i], e, float(scores_LE[i, e]), float(stability_LE[i, e]) if detect.bootstrap else None)
         for i, e in top_k(scores_LE, counts.experts, k, detect.per_layer_cap)
     ]
-    about: dict[str, object] = {
-        "score": detect.score,
-        "pool": detect.pool,
-        "tokens": detect.tokens,
-        "pairs": len(counts),
-    }
+    about: dict[str, object] = {"score": detect.score, "tokens": detect.tokens, "pairs": len(counts)}
     sizes = dict(zip(counts.layers, counts.experts, strict=True))
     experts = ExpertSet(tuple(members), sizes, subject.recipe.model.name_or_path, about)
     return experts.random_like(seed) if detect.selection == "random" else experts
 
 
 def _write_detection(
-    files: list[Path], found: PairReport, counts: Counts, experts: ExpertSet, subject: Subject
+    files: list[Path], found: PairReport, counts: Counts, scores_LE: NDArray[np.float64], experts: ExpertSet
 ) -> None:
-    detect = subject.recipe.detect
     pairs, activations, expert_set, heat_map = files
     atomic_write(pairs, found.jsonl())
     frame = counts.frame()
-    scores_LE = score(counts, detect.score, detect.pool)
     frame["score"] = np.concatenate([scores_LE[i, :n] for i, n in enumerate(counts.experts)])
-    frame.to_parquet(activations, index=False)
+    with replacing(activations) as temporary:
+        frame.to_parquet(temporary, index=False)
     atomic_write(expert_set, experts.to_json())
     plots.save_heat_map(frame, experts.pairs, heat_map)
     kept = found.counts().get("kept", 0)
