@@ -135,6 +135,22 @@ def report(run: RunFolder) -> None:
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.", metavar="RUN ...")],
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+) -> None:
+    """Put runs side by side: figures and cost."""
+    from trainer.console import table
+    from trainer.reporting.compare import comparison, markdown
+
+    columns, rows = comparison(runs)
+    if as_markdown:
+        print(markdown(columns, rows))
+    else:
+        table("runs", columns, rows)
+
+
+@app.command()
 def export(run: RunFolder) -> None:
     """Write a run's model to <run>/model."""
     from trainer.run import Run

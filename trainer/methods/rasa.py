@@ -247,7 +247,7 @@ class Training:
         options = ConsistencyOptions(
             **{name: getattr(section, name) for name in ConsistencyOptions.__dataclass_fields__}
         )
-        rows = consistency_rows(self.identified.targets, self.rows())
+        rows = consistency_rows(self.identified.targets, self.rows(), section.benign_weight)
         return make_routing_consistent(
             self.trained, self.subject.tokenizer, rows, options, section.trainer_args, folder, self._seed
         )

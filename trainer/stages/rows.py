@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from data_prep.errors import UserError
 from data_prep.schema import Corpus, Prompt, Wrapper
 from data_prep.wrappers import recombine
 from trainer.stages.consistency import ConsistencyRow
@@ -89,16 +90,25 @@ def repair_rows(
     return rows
 
 
-def consistency_rows(targets: Sequence[Target], rows: Sequence[Row]) -> list[ConsistencyRow]:
-    """Rows of the consistency stage: every target, beside the retained harmless rows in turn."""
-    retained = [row for row in rows if row.stream == "retain"]
+def consistency_rows(targets: Sequence[Target], rows: Sequence[Row], benign_weight: float) -> list[ConsistencyRow]:
+    """Rows of the consistency stage: every target, beside the retained harmless rows in turn.
+
+    Raises:
+        UserError: a benign stream is asked for, but the repair's mix retains no harmless row.
+    """
+    retained = [(row.prompt, row.reply) for row in rows if row.stream == "retain"]
+    if benign_weight > 0 and not retained:
+        raise UserError(
+            f"consistency.benign_weight: {benign_weight} needs harmless rows, but repair's wrapped_benign, "
+            "plain_benign and borderline give none; set one of them, or benign_weight to 0"
+        )
+    # Without a benign stream the harmless turn is never looked at; the anchor fills its place.
     return [
         ConsistencyRow(
-            anchor_prompt=target.goal.text,
-            adversarial_prompt=target.wrapper.wrap(target.goal.text),
-            refusal=target.refusal,
-            benign_prompt=retained[i % len(retained)].prompt,
-            benign_reply=retained[i % len(retained)].reply,
+            target.goal.text,
+            target.wrapper.wrap(target.goal.text),
+            target.refusal,
+            *(retained[i % len(retained)] if retained else (target.goal.text, target.refusal)),
         )
         for i, target in enumerate(targets)
     ]

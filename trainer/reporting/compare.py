@@ -1,0 +1,71 @@
+"""Several runs side by side: what each reached, and what it cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import UserError
+
+FIGURES = {
+    "asr_seen": "ASR seen",
+    "asr_unseen": "ASR unseen",
+    "asr_robust": "ASR robust",
+    "harmful_refusal": "plain refusal",
+    "over_refusal": "over-refusal",
+    "benign_compliance": "benign",
+    "benign_wrapped_compliance": "wrapped benign",
+}
+TRAINING = ("repair-", "consistency-")
+
+
+def comparison(folders: Sequence[Path]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the comparison: the first run's base model, then one row per run.
+
+    Costs: share of weights that a stage trained (the largest of its stages), experts that differ from the base,
+    seconds and peak memory (MB, resident, the largest) of the training stages.
+
+    Raises:
+        UserError: a folder without a finished evaluation.
+    """
+    columns = ["run", *FIGURES.values(), "restore gap", "experts changed", "weights trained", "training s", "peak MB"]
+    first = _read(folders[0], "evaluation.json")["before"]
+    rows = [["base", *(_rate(first, name) for name in FIGURES), *([""] * 5)]]
+    for folder in folders:
+        evaluation, manifest = _read(folder, "evaluation.json"), _read(folder, "manifest.json")
+        diagnostics = evaluation["diagnostics"]
+        stages = [stage for name, stage in manifest["stages"].items() if name.startswith(TRAINING)]
+        sizes = [json.loads(path.read_text()) for path in folder.glob("stages/*/parameters.json")]
+        share = max((size["trained_parameters"] / size["total_parameters"] for size in sizes), default=0.0)
+        rows.append(
+            [
+                manifest["name"],
+                *(_rate(evaluation["after"], name) for name in FIGURES),
+                f"{diagnostics['router_restore_gap']:.3f}",
+                f"{diagnostics['experts_changed']} of {diagnostics['experts_total']}",
+                f"{share:.1%}",
+                f"{sum(stage['seconds'] for stage in stages):.0f}",
+                f"{max((stage['peak_memory_mb'] or 0 for stage in stages), default=0):.0f}",
+            ]
+        )
+    return columns, rows
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The table for a page of documentation."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _rate(metrics: dict[str, Any], name: str) -> str:
+    return f"{metrics[name]['rate']:.3f}" if name in metrics else ""
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    if not path.is_file():
+        raise UserError(f"{folder}: no {name}; compare takes the folders of finished runs")
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
