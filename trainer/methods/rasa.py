@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 
@@ -25,14 +25,14 @@ from data_prep.schema import Wrapper
 from data_prep.wrappers import recombine
 from trainer.console import say
 from trainer.detection.counts import Counts, count_activations
-from trainer.detection.pairs import Pair, PairReport, build_pairs
-from trainer.detection.saliency import gradient_saliency
-from trainer.detection.scores import score, stability
-from trainer.detection.selection import resolve_k, top_k
+from trainer.detection.critical import scoring, select, topic_control
+from trainer.detection.pairs import PairReport, build_pairs
+from trainer.detection.selection import resolve_k
 from trainer.evidence import diagnose, export_and_audit, measure, print_summary, random_control
-from trainer.moe.expert_set import ExpertSet, Member
+from trainer.moe.expert_set import ExpertSet
 from trainer.moe.experts import SplitModel
 from trainer.moe.trained import Trained, WholeModel
+from trainer.preflight import description, would_train
 from trainer.recipe import Recipe
 from trainer.reporting import html, plots
 from trainer.run import Run, Stage
@@ -47,6 +47,11 @@ from trainer.subject import Subject
 def run(recipe: Recipe, run: Run) -> None:
     """The whole method, from the base model to the repaired checkpoint and its evidence."""
     subject = Subject.of(recipe)
+    plan = would_train(description(subject.model, subject.backbone), recipe)
+    say(
+        f"preflight: {subject.model.config.model_type}, {len(subject.backbone)} MoE layers; trains {plan['experts']} "
+        f"of {plan['of_experts']} experts, {plan['parameters']:,} of {plan['of_parameters']:,} parameters"
+    )
     identified = identify(subject, run)
     before, _ = measure(run, "evaluate-before", subject)
     training, last = alternate(subject, identified, run)
@@ -112,10 +117,16 @@ def identify(subject: Subject, run: Run) -> Identified:
         counts = count_activations(
             subject.backbone, subject.tokenizer, found.pairs, recipe.detect.tokens, recipe.detect.batch_size
         )
-        score_of, samples = scoring(subject, found.pairs, counts)
-        scores_LE = score_of(np.arange(samples))
-        experts = select(subject, counts, k, score_of, samples)
-        _write_detection(files, found, counts, scores_LE, experts)
+        scores = scoring(subject.backbone, subject.tokenizer, found.pairs, counts, recipe.detect)
+        experts = select(scores, counts, k, recipe.detect, recipe.run.seed)
+        control = topic_control(subject.backbone, subject.tokenizer, found.pairs, experts, recipe.detect)
+        about = {"score": recipe.detect.score, "tokens": recipe.detect.tokens, "topic_control": control._asdict()}
+        experts = replace(experts, model=recipe.model.name_or_path, about=experts.about | about)
+        _write_detection(files, found, counts, scores.all(), experts)
+        say(
+            f"detect: {len(found.pairs)} pairs kept; {len(experts)} of {experts.total} experts selected; their mean "
+            f"activation difference is {control.difference:.3f}, with equal replies {control.with_equal_replies:.3f}"
+        )
         stage.finish(files)
     rows = [json.loads(line) for line in files[0].read_text().splitlines()]
     goals = {goal.id: goal for goal in subject.corpus.harmful.train}
@@ -133,41 +144,11 @@ def jailbreaks(subject: Subject) -> list[Wrapper]:
     if detect.recombined == 0:
         return seen
     contexts = [prompt.text for prompt in corpus.benign.train]
-    number = round(detect.recombined * detect.max_pairs)
-    made = recombine([*seen, *corpus.wrappers_of("robust")], contexts, number, subject.recipe.run.seed)
     places = [int((i + 1) * detect.recombined) > int(i * detect.recombined) for i in range(detect.max_pairs)]
+    known = [*seen, *corpus.wrappers_of("robust")]
+    made = iter(recombine(known, contexts, sum(places), subject.recipe.run.seed))
     turns = cycle(seen)
-    left = iter(made)
-    return [next(left, next(turns)) if place else next(turns) for place in places]
-
-
-ScoreOf = Callable[[NDArray[np.int64]], NDArray[np.float64]]
-"""Rows (with repeats) of the pairs, or of batches of pairs, -> scores [L, E] on those rows."""
-
-
-def scoring(subject: Subject, pairs: list[Pair], counts: Counts) -> tuple[ScoreOf, int]:
-    """The recipe's score as a function of the sample, and the size of the sample it is resampled from."""
-    detect = subject.recipe.detect
-    if detect.score == "saliency":
-        norms_MLE = gradient_saliency(subject.backbone, subject.tokenizer, pairs, detect.batch_size)
-        return lambda rows: norms_MLE[rows].mean(0), len(norms_MLE)
-    kind = detect.score
-    return lambda rows: score(counts.take(rows), kind, detect.pool), len(counts)
-
-
-def select(subject: Subject, counts: Counts, k: int, score_of: ScoreOf, samples: int) -> ExpertSet:
-    """The sorted global top-K of the scores, or the matched random set when the recipe asks for the control."""
-    detect, seed = subject.recipe.detect, subject.recipe.run.seed
-    scores_LE = score_of(np.arange(samples))
-    stability_LE = stability(score_of, samples, counts.experts, k, detect.per_layer_cap, detect.bootstrap, seed)
-    members = [
-        Member(counts.layers[i], e, float(scores_LE[i, e]), float(stability_LE[i, e]) if detect.bootstrap else None)
-        for i, e in top_k(scores_LE, counts.experts, k, detect.per_layer_cap)
-    ]
-    about: dict[str, object] = {"score": detect.score, "tokens": detect.tokens, "pairs": len(counts)}
-    sizes = dict(zip(counts.layers, counts.experts, strict=True))
-    experts = ExpertSet(tuple(members), sizes, subject.recipe.model.name_or_path, about)
-    return experts.random_like(seed) if detect.selection == "random" else experts
+    return [next(made if place else turns) for place in places]
 
 
 def _write_detection(
@@ -181,8 +162,6 @@ def _write_detection(
         frame.to_parquet(temporary, index=False)
     atomic_write(expert_set, experts.to_json())
     plots.save_heat_map(frame, experts.pairs, heat_map)
-    kept = found.counts().get("kept", 0)
-    say(f"detect: {kept} pairs kept of {len(found.rows)} rows; {len(experts)} of {experts.total} experts selected")
 
 
 # --- 2. and 3. expert repair and routing consistency, alternating ---------------------------------

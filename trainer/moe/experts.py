@@ -22,6 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 
 from trainer.moe.backbone import Backbone, expert_tensor_names
 from trainer.moe.expert_set import ExpertSet
+from trainer.moe.trained import routers_swapped
 
 FusedExperts = Any
 """A module decorated with transformers' `use_experts_implementation`; upstream does not type its attributes."""
@@ -205,24 +206,18 @@ class SplitModel:
     @contextmanager
     def original(self, *, experts: bool = True, routers: bool = True) -> Iterator[Backbone]:
         """Run the unrepaired model inside: original experts and, where they moved, original routers. No gradients."""
-        current = self.backbone.router_parameters()
-        kept = {n: p.detach().clone() for n, p in current.items()} if routers else {}
         split = [experts_module for experts_module, _ in self._split_layers()] if experts else []
         for module in split:
             module.split_enabled = False
         was_training = self.model.training
         self.model.eval()  # the original is a reference: no dropout, no router jitter
         try:
-            with torch.no_grad():
-                for name in kept:
-                    current[name].data.copy_(self._original_routers[name])
+            with routers_swapped(self.backbone, self._original_routers if routers else {}):
                 yield self.backbone
         finally:
             self.model.train(was_training)
             for module in split:
                 module.split_enabled = True
-            for name, value in kept.items():
-                current[name].data.copy_(value)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the repair may have changed: trained expert parameters and all routers, on the CPU."""

@@ -29,6 +29,21 @@ class Trained(Protocol):
     def fuse(self) -> None: ...
 
 
+@contextmanager
+def routers_swapped(backbone: Backbone, values: dict[str, Tensor]) -> Iterator[None]:
+    """Run with other router weights inside, without gradients; the present ones come back."""
+    current = backbone.router_parameters()
+    kept = {name: current[name].detach().clone() for name in values}
+    try:
+        with torch.no_grad():
+            for name, value in values.items():
+                current[name].data.copy_(value)
+            yield
+    finally:
+        for name, value in kept.items():
+            current[name].data.copy_(value)
+
+
 class WholeModel:
     """Every parameter trainable; the original is a second, frozen copy (which the split does without)."""
 
@@ -58,16 +73,8 @@ class WholeModel:
             with torch.no_grad():
                 yield self._reference
             return
-        current, first = self.backbone.router_parameters(), self._reference.router_parameters()
-        kept = {name: parameter.detach().clone() for name, parameter in current.items()}
-        try:
-            with torch.no_grad():
-                for name in kept:
-                    current[name].data.copy_(first[name])
-                yield self.backbone
-        finally:
-            for name, value in kept.items():
-                current[name].data.copy_(value)
+        with routers_swapped(self.backbone, dict(self._reference.router_parameters())):
+            yield self.backbone
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: parameter.detach().cpu().clone() for name, parameter in self.model.named_parameters()}

@@ -1,0 +1,106 @@
+"""The critical experts: from pairs and counts to an ExpertSet, with its stability and a control for topic.
+
+Shapes: L MoE layers, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from trainer.chat import Tokens
+from trainer.detection.counts import Counts, count_activations
+from trainer.detection.pairs import Pair
+from trainer.detection.saliency import gradient_saliency
+from trainer.detection.scores import Pool, Score, score, stability
+from trainer.detection.selection import top_k
+from trainer.moe.backbone import Backbone
+from trainer.moe.expert_set import ExpertSet, Member
+
+
+class Options(Protocol):
+    """What is read of the recipe's `detect` section."""
+
+    @property
+    def tokens(self) -> Tokens: ...
+    @property
+    def score(self) -> Score | str: ...
+    @property
+    def pool(self) -> Pool: ...
+    @property
+    def per_layer_cap(self) -> int | None: ...
+    @property
+    def selection(self) -> str: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def bootstrap(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores as a function of the sample: `of(rows)` is [L, E] on rows, repeats allowed, of `size` pairs."""
+
+    of: Callable[[NDArray[np.int64]], NDArray[np.float64]]
+    size: int
+
+    def all(self) -> NDArray[np.float64]:
+        """The scores on the whole sample, [L, E]."""
+        return self.of(np.arange(self.size))
+
+
+def scoring(
+    backbone: Backbone, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], counts: Counts, options: Options
+) -> Scores:
+    """The score that the options name: from the counts, or from gradients (`saliency`)."""
+    kind = options.score
+    if kind == "saliency":
+        norms_MLE = gradient_saliency(backbone, tokenizer, pairs, options.batch_size)
+        return Scores(lambda rows: norms_MLE[rows].mean(0), len(norms_MLE))
+    return Scores(lambda rows: score(counts.take(rows), kind, options.pool), len(counts))  # type: ignore[arg-type]
+
+
+def select(scores: Scores, counts: Counts, k: int, options: Options, seed: int) -> ExpertSet:
+    """The sorted global top-K of the scores, or the matched random set when the options ask for the control."""
+    scores_LE, cap = scores.all(), options.per_layer_cap
+    stability_LE = stability(scores.of, scores.size, counts.experts, k, cap, options.bootstrap, seed)
+    members = [
+        Member(counts.layers[i], e, float(scores_LE[i, e]), float(stability_LE[i, e]) if options.bootstrap else None)
+        for i, e in top_k(scores_LE, counts.experts, k, cap)
+    ]
+    experts = ExpertSet(tuple(members), dict(zip(counts.layers, counts.experts, strict=True)))
+    return experts.random_like(seed) if options.selection == "random" else experts
+
+
+class TopicControl(NamedTuple):
+    """Mean risk difference of the selected experts: as measured, and with the same refusal after both prompts."""
+
+    difference: float
+    with_equal_replies: float
+
+
+def topic_control(
+    backbone: Backbone,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Pair],
+    experts: ExpertSet,
+    options: Options,
+) -> TopicControl:
+    """How much of the critical experts' difference remains when both sides of a pair end in the same refusal.
+
+    Routing follows topic more than safety (arXiv 2605.29708). What remains is due to the prompt, the jailbreak's words
+    and topic, not to the model complying.
+    """
+    equal = [replace(pair, adversarial_reply=pair.anchor_reply) for pair in pairs]
+    means = []
+    for given in (pairs, equal):
+        counts = count_activations(backbone, tokenizer, given, options.tokens, options.batch_size)
+        scores_LE = score(counts, "risk_difference", "token")
+        rows = {layer: i for i, layer in enumerate(counts.layers)}
+        means.append(float(np.mean([scores_LE[rows[m.layer], m.expert] for m in experts])))
+    return TopicControl(*means)
