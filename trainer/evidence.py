@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ def random_control(
     path = run.dir / "stages" / "control" / "metrics.json"
     if not stage.done:
         model, _ = load(subject.recipe.model)
-        control = Subject(**{**subject.__dict__, "backbone": Backbone.of(model).check()})
+        control = replace(subject, backbone=Backbone.of(model).check())
         repair(control, expert_set.random_like(subject.recipe.run.seed))
         metrics = control.suite.measure_asr(model, subject.tokenizer, ("seen", "unseen"), label="random control")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -181,6 +181,7 @@ def under_repair(subject: Subject, experts: ExpertSet) -> Trained:
     repair = subject.recipe.repair
     if repair.scope == "full":
         return WholeModel(subject.backbone)
+    set_seed(subject.recipe.run.seed)  # LoRA starts from drawn weights: the same ones in a resumed run
     return SplitModel(subject.backbone, experts, lora_rank=repair.lora_rank, lora_alpha=repair.lora_alpha)
 
 
