@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -88,7 +89,9 @@ def export_and_audit(
             raise RuntimeError(f"{folder}: moved outside the expert set and the routers: {audit['moved_outside'][:5]}")
         if not audit["reload_ok"]:
             raise RuntimeError(f"{folder}: reloaded logits differ by {audit['reload_max_logit_difference']:.3g}")
-        stage.finish([audit_path, folder])
+        if not subject.recipe.export.model:
+            shutil.rmtree(folder)
+        stage.finish([audit_path, *([folder] if subject.recipe.export.model else [])])
     found: dict[str, Any] = json.loads(audit_path.read_text())
     return found
 

@@ -87,7 +87,6 @@ class DetectSection(Section):
     max_new_tokens: Count = Field(24, description="tokens of a generated reply")
     batch_size: Count = Field(32, description="prompts per forward")
     bootstrap: int = Field(200, ge=0, description="resamples for the stability of the selection; 0: none")
-    every_round: bool = Field(False, description="identify again before each round")
 
 
 class RepairSection(TrainerSection):
@@ -156,7 +155,7 @@ class EvaluateSection(Section):
 
 
 class ExportSection(Section):
-    model: bool = Field(True, description="write a stock checkpoint to <run>/model")
+    model: bool = Field(True, description="keep the stock checkpoint <run>/model; false: only audit it")
 
 
 class Recipe(Section):

@@ -158,6 +158,14 @@ def test_an_interrupted_run_ends_in_the_same_weights(
     assert states[0] == states[1]
 
 
+def test_without_export_the_checkpoint_is_audited_and_then_removed(small: Small, tmp_path: Path) -> None:
+    run("run", small(), "export.model=false")
+    folder = tmp_path / "runs" / "small"
+    assert json.loads((folder / "audit.json").read_text())["reload_ok"]
+    assert not (folder / "model").exists()
+    run("run", small(), "export.model=false")
+
+
 @pytest.mark.parametrize(
     "changes",
     [
