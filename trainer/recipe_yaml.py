@@ -61,7 +61,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def dump_yaml(tree: dict[str, Any]) -> str:
     """YAML text that `read_yaml` reads back to an equal mapping."""
-    text: str = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=119)
+    # Escaped, not raw: PyYAML writes U+0085 raw and reads it back as a space.
+    text: str = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=119)
     return text
 
 
