@@ -88,6 +88,7 @@ def topic_control(
     backbone: Backbone,
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[Pair],
+    counts: Counts,
     experts: ExpertSet,
     options: Options,
 ) -> TopicControl:
@@ -97,10 +98,11 @@ def topic_control(
     and topic, not to the model complying.
     """
     equal = [replace(pair, adversarial_reply=pair.anchor_reply) for pair in pairs]
-    means = []
-    for given in (pairs, equal):
-        counts = count_activations(backbone, tokenizer, given, options.tokens, options.batch_size)
-        scores_LE = score(counts, "risk_difference", "token")
-        rows = {layer: i for i, layer in enumerate(counts.layers)}
-        means.append(float(np.mean([scores_LE[rows[m.layer], m.expert] for m in experts])))
-    return TopicControl(*means)
+    control = count_activations(backbone, tokenizer, equal, options.tokens, options.batch_size)
+    rows = {layer: i for i, layer in enumerate(counts.layers)}
+
+    def mean_difference(of: Counts) -> float:
+        scores_LE = score(of, "risk_difference", "token")
+        return float(np.mean([scores_LE[rows[m.layer], m.expert] for m in experts]))
+
+    return TopicControl(mean_difference(counts), mean_difference(control))

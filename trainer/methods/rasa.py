@@ -119,7 +119,7 @@ def identify(subject: Subject, run: Run) -> Identified:
         )
         scores = scoring(subject.backbone, subject.tokenizer, found.pairs, counts, recipe.detect)
         experts = select(scores, counts, k, recipe.detect, recipe.run.seed)
-        control = topic_control(subject.backbone, subject.tokenizer, found.pairs, experts, recipe.detect)
+        control = topic_control(subject.backbone, subject.tokenizer, found.pairs, counts, experts, recipe.detect)
         about = {"score": recipe.detect.score, "tokens": recipe.detect.tokens, "topic_control": control._asdict()}
         experts = replace(experts, model=recipe.model.name_or_path, about=experts.about | about)
         _write_detection(files, found, counts, scores.all(), experts)
