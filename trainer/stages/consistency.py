@@ -23,7 +23,7 @@ from trainer.chat import Batch, ChatTurn, encode, pad, pad_id
 from trainer.moe.backbone import Backbone
 from trainer.moe.routing import Trace, record
 from trainer.moe.trained import Trained
-from trainer.stages.watch import StageResult, arguments, parameter_counts, stop_unless_finite, watch
+from trainer.stages.watch import StageResult, arguments, configs_kept, parameter_counts, stop_unless_finite, watch
 
 LAST_PROMPT, RESPONSE_MEAN, RESPONSE_TOKENS = "last_prompt", "response_mean", "response_tokens"
 
@@ -74,7 +74,7 @@ def make_routing_consistent(
     """
     config = TrainingArguments(**arguments(trainer_args, DEFAULTS, folder, seed))
     trained.train_routers()
-    with fp32_routers(trained.backbone):
+    with fp32_routers(trained.backbone), configs_kept(trained.model):
         trainer = RoutingConsistencyTrainer(trained, options, folder, tokenizer, config, _dataset(tokenizer, rows))
         watch(trainer, "consistency")
         trainer.train()

@@ -25,7 +25,7 @@ from data_prep.errors import UserError
 from trainer.chat import ChatTurn, encode, pad, pad_id
 from trainer.moe.routing import Trace, flip_rate, pin, record
 from trainer.moe.trained import Trained
-from trainer.stages.watch import StageResult, arguments, parameter_counts, stop_unless_finite, watch
+from trainer.stages.watch import StageResult, arguments, configs_kept, parameter_counts, stop_unless_finite, watch
 
 Stream = Literal["repair", "retain"]
 
@@ -84,14 +84,13 @@ def repair_experts(
     )
     dataset = _dataset(tokenizer, rows, config.max_length)
     trained.train_experts(routers=options.train_gates)
-    aux_setting = _aux_setting(trained)
-    trainer = ExpertRepairTrainer(trained, options, folder, tokenizer, config, dataset)
-    watch(trainer, "repair")
-    try:
-        trainer.train()
-    finally:
-        trainer.restore_forward()
-        _restore_aux_setting(trained, aux_setting)
+    with configs_kept(trained.model):
+        trainer = ExpertRepairTrainer(trained, options, folder, tokenizer, config, dataset)
+        watch(trainer, "repair")
+        try:
+            trainer.train()
+        finally:
+            trainer.restore_forward()
     trainable, total = parameter_counts(trained.model)
     return StageResult(trainer.state.log_history, trainable, total)
 
@@ -250,15 +249,3 @@ class ExpertRepairTrainer(SFTTrainer):
         now, original = now.masked(mask_T), original.masked(mask_T)
         rates = [flip_rate(original.index_TK[i], now.index_TK[i]) for i in now.index_TK]
         self._metrics["train"]["topk_flip_rate"].append(sum(rates) / len(rates))
-
-
-def _aux_setting(trained: Trained) -> dict[str, Any]:
-    config = trained.model.config.get_text_config()
-    return {k: getattr(config, k) for k in ("router_aux_loss_coef", "output_router_logits") if hasattr(config, k)}
-
-
-def _restore_aux_setting(trained: Trained, setting: dict[str, Any]) -> None:
-    """Undo SFTTrainer's change of the config, which would otherwise be exported with the model."""
-    config = trained.model.config.get_text_config()
-    for key, value in setting.items():
-        setattr(config, key, value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,23 @@ class StageBar(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         next(self._steps, None)
+
+
+@contextmanager
+def configs_kept(model: PreTrainedModel) -> Iterator[None]:
+    """Undo what trainers do to the model's configs, which would otherwise be exported with it.
+
+    transformers' Trainer turns `use_cache` off and aligns special tokens; TRL's SFTTrainer writes the load-balancing
+    coefficient. Values are compared by name, one level deep.
+    """
+    found = [model.config, model.config.get_text_config(), model.generation_config]
+    configs = [config for config in found if config is not None]
+    before = [dict(vars(config)) for config in configs]
+    try:
+        yield
+    finally:
+        for config, values in zip(configs, before, strict=True):
+            vars(config).update(values)
 
 
 def watch(trainer: Trainer, label: str) -> None:
