@@ -44,7 +44,7 @@ def diagnose(
     metrics: dict[str, Any],
     texts: Callable[[], Sequence[tuple[str, str]]],
     after: Sequence[Stage],
-) -> tuple[dict[str, Any], Stage]:
+) -> dict[str, Any]:
     """Restore gap and routing drift of the repaired model on (prompt, reply) texts."""
     stage = run.stage("diagnose", subject.hash("evaluate"), after=after)
     path = run.dir / "stages" / "diagnose" / "diagnostics.json"
@@ -59,7 +59,7 @@ def diagnose(
         atomic_write(path, json.dumps(found, indent=1))
         stage.finish([path])
     diagnostics: dict[str, Any] = json.loads(path.read_text())
-    return diagnostics, stage
+    return diagnostics
 
 
 def export_and_audit(

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_prep.errors import UserError, unknown
 from data_prep.schema import Task
+from trainer.chat import pad_id
 from trainer.console import progress
-from trainer.evaluation.generation import chat_prompt_ids, evaluating, left_pad, pad_id_of, reply, require_room
+from trainer.evaluation.generation import chat_prompt_ids, evaluating, left_pad, reply, require_room
 from trainer.evaluation.metrics import Rate, from_counts, from_flags
 
 _NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
@@ -85,7 +86,7 @@ def _token_accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     with evaluating(model):
         for start in progress(range(0, len(rows), batch_size), label):
             batch = rows[start : start + batch_size]
-            hits, counted = _answer_hits(model, batch, pad_id_of(tokenizer))
+            hits, counted = _answer_hits(model, batch, pad_id(tokenizer))
             right, total = right + hits, total + counted
     return from_counts(right, total, name=label)
 

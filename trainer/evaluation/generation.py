@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from data_prep.errors import UserError
+from trainer.chat import pad_id
 from trainer.console import progress
 
 
@@ -103,12 +104,6 @@ def require_room(model: PreTrainedModel, lengths: Sequence[int], new_tokens: int
         )
 
 
-def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id to pad with: the tokenizer's pad, else its EOS, else 0; padding is masked, so the choice cannot show."""
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(int(cast(int, token)) for token in candidates if token is not None)
-
-
 @contextmanager
 def _only_greedy(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
@@ -120,7 +115,7 @@ def _only_greedy(
         do_sample=False,
         num_beams=1,
         max_new_tokens=max_new_tokens,
-        pad_token_id=pad_id_of(tokenizer),
+        pad_token_id=pad_id(tokenizer),
         bos_token_id=shipped.bos_token_id,
         eos_token_id=_stop_ids(shipped, tokenizer),
     )

@@ -56,7 +56,7 @@ def run(recipe: Recipe, run: Run) -> None:
     before, _ = measure(run, "evaluate-before", subject)
     training, last = alternate(subject, identified, run)
     after, measured = measure(run, "evaluate-after", subject, [last])
-    diagnostics, _ = diagnose(run, subject, training.trained, after, training.texts, [last, measured])
+    diagnostics = diagnose(run, subject, training.trained, after, training.texts, [last, measured])
     audit = export_and_audit(run, subject, training.trained, training.may_move, [last])
     control = {}
     if recipe.evaluate.random_control and recipe.repair.scope == "experts":
