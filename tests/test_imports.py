@@ -14,24 +14,30 @@ FLOORS: list[set[str]] = [
     {"__main__"},
     {"cli"},
     {"methods"},
+    {"steered", "steered_replies"},
     {"evidence"},
     {"subject"},
-    {"detection", "stages", "evaluation", "export", "preflight"},
+    {"detection", "stages", "evaluation", "export", "patch", "hub", "preflight", "engine"},
     {"moe"},
 ]
 # Any floor above `moe` may import these; they import each other and data_prep, nothing else of ours.
 LEAVES = {
     "chat",
+    "checkpoint_files",
     "console",
+    "launching",
     "loading",
+    "portable",
     "recipe",
     "recipe_errors",
+    "recipe_steer",
     "recipe_trainer_args",
     "recipe_yaml",
     "reporting",
     "run",
     "run_files",
     "run_process",
+    "signals",
 }
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
