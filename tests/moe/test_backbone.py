@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.moe import families
 from tests.tiny import FAMILIES, NUM_EXPERTS, NUM_LAYERS, TOP_K, tiny_model
 from trainer.moe.backbone import Backbone
 
@@ -61,6 +62,32 @@ def test_a_router_that_breaks_the_contract_is_refused() -> None:
     gate.forward = lambda hidden: (original(gate, hidden)[0][:, :-1], *original(gate, hidden)[1:])
     with pytest.raises(ValueError, match=r"layer 2 .*router output shapes"):
         Backbone.of(model).check()
+
+
+def test_a_router_that_returns_probabilities_is_refused() -> None:
+    """transformers before 5.6 did; every loss on logits would be wrong without a word."""
+    model = tiny_model()
+    gate = model.model.layers[1].mlp.gate
+    original = type(gate).forward
+    gate.forward = lambda hidden: (original(gate, hidden)[0].softmax(-1), *original(gate, hidden)[1:])
+    with pytest.raises(ValueError, match=r"layer 1 .*router returned probabilities where OlmoeTopKRouter"):
+        Backbone.of(model).check()
+
+
+def test_selection_biases_are_no_trainable_part_of_a_router() -> None:
+    family = next(family for family in families.FAMILIES if family.model_type == "ernie4_5_moe")
+    backbone = Backbone.of(family.build())
+    assert any(n.endswith("e_score_correction_bias") for n, _ in backbone.layers[0].router.named_parameters())
+    assert {name.rpartition(".")[2] for name in backbone.router_parameters()} == {"weight"}
+
+
+def test_random_probes_avoid_the_placeholders_at_the_end_of_a_vocabulary() -> None:
+    model = tiny_model()
+    model.resize_token_embeddings(5000)
+    seen = []
+    model.model.embed_tokens.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    Backbone.of(model).check()
+    assert seen[0].max() < 1000
 
 
 def test_experts_called_with_other_indices_are_refused() -> None:

@@ -2,7 +2,8 @@
 
 The contract: an experts module decorated with `use_experts_implementation` holds fused 3-D tensors and is called with
 `(hidden_TD, top_k_index_TK, top_k_weights_TK)`; its router returns `(logits_TE, top_k_weights_TK, top_k_index_TK)`.
-`Backbone.of` finds both by structure, `Backbone.check` proves the contract numerically on a forward pass.
+`Backbone.of` finds both by structure, `Backbone.check` proves the contract numerically on a forward pass. The few
+families that depart from it are named in `layouts`.
 
 Shapes: T tokens, E experts, K chosen experts per token, D hidden size, F intermediate size.
 """
@@ -15,12 +16,23 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from trainer.moe.layouts import (
+    ROUTER_NAMES,
+    SELECTION_ONLY,
+    SHARED_NAMES,
+    TOP_K_NAMES,
+    UNSUPPORTED,
+    router_layout,
+)
 from trainer.moe.scoring import Scoring, identify
 
-SHARED_NAMES = ("shared_expert", "shared_experts", "shared_mlp")
-ROUTER_NAMES = ("gate", "router")
+RouterOutput = tuple[Tensor, Tensor, Tensor]
+"""What a router returns: (logits [T, E], top-k weights [T, K], top-k index [T, K])."""
+
+LOW_TOKENS = 1000
+"""Random probes are drawn below this id: the placeholders of images and video lie at the end of a vocabulary."""
 
 
 @dataclass
@@ -43,6 +55,11 @@ class MoELayer:
         orientation = "[E, in, out]" if self.experts.is_transposed else "[E, out, in]"
         bias = ", biases" if self.experts.has_bias else ""
         return f"{orientation}{bias}"
+
+    def read(self, output: RouterOutput) -> RouterOutput:
+        """A router's raw output as (logits, top-k weights, top-k index); only gemma4's differs from its raw one."""
+        first_TE, weights_TK, index_TK = output
+        return router_layout(self.router).logits(first_TE), weights_TK, index_TK
 
 
 def expert_tensor_names(experts: nn.Module) -> list[str]:
@@ -91,6 +108,11 @@ def _find_router(siblings: dict[str, nn.Module], classes: tuple[type, ...], num_
     return None
 
 
+def _top_k(router: nn.Module, config: PreTrainedConfig) -> int | None:
+    known = [getattr(router, "top_k", None), *(getattr(config, name, None) for name in TOP_K_NAMES)]
+    return next((int(value) for value in known if value), None)
+
+
 class Backbone:
     """The MoE layers of a model, in order. Holds references to the model's modules, never copies."""
 
@@ -103,13 +125,16 @@ class Backbone:
         """Find the MoE layers of `model`.
 
         Raises:
-            ValueError: no experts module, or an experts module without a router; the message says what was missing.
+            ValueError: no experts module, an experts module without a router, or a family that cannot be supported;
+                the message says what was missing or why.
         """
         kind = getattr(model.config, "model_type", type(model).__name__)
         modules = dict(model.named_modules())
         classes = _router_classes(model)
         layers = []
         for name, experts in modules.items():
+            if type(experts).__name__ in UNSUPPORTED:
+                raise ValueError(f"model type {kind!r} is not supported: {UNSUPPORTED[type(experts).__name__]}")
             if not _is_experts(experts):
                 continue
             parent = name.rpartition(".")[0]
@@ -123,15 +148,11 @@ class Backbone:
                 )
             router = siblings[router_name]
             shared = next((siblings[n] for n in SHARED_NAMES if n in siblings), None)
-            top_k = getattr(router, "top_k", None) or getattr(
-                model.config.get_text_config(), "num_experts_per_tok", None
-            )
+            top_k = _top_k(router, model.config.get_text_config())
             if top_k is None:
                 raise ValueError(f"model type {kind!r}: router {parent}.{router_name} does not say its top_k")
             router_path = f"{parent}.{router_name}" if parent else router_name
-            layers.append(
-                MoELayer(_layer_index(name), name, router_path, router, experts, shared, num_experts, int(top_k))
-            )
+            layers.append(MoELayer(_layer_index(name), name, router_path, router, experts, shared, num_experts, top_k))
         if not layers:
             raise ValueError(_why_no_experts(model, kind, bool(classes)))
         return cls(model, layers)
@@ -154,11 +175,12 @@ class Backbone:
         return sum(layer.num_experts for layer in self.layers)
 
     def router_parameters(self) -> dict[str, nn.Parameter]:
-        """Name in the model -> parameter, for every router."""
+        """Name in the model -> parameter, for every router; selection biases, which no gradient reaches, left out."""
         return {
             f"{layer.router_name}.{name}": parameter
             for layer in self.layers
             for name, parameter in layer.router.named_parameters()
+            if not name.endswith(SELECTION_ONLY)
         }
 
     def expert_parameters(self) -> dict[str, nn.Parameter]:
@@ -174,11 +196,12 @@ class Backbone:
         """Prove the contract on one forward pass of random tokens and identify each router's scoring family.
 
         Raises:
-            ValueError: a router whose output breaks the contract, or experts called with something else than the
-                router's output. A scoring family that cannot be reproduced is no error (`scoring` stays None):
-                routing can be recorded but not pinned.
+            ValueError: a router whose output breaks the contract (among it probabilities instead of logits, as in
+                transformers before 5.6), or experts called with something else than the router's output. A scoring
+                family that cannot be reproduced is no error (`scoring` stays None): routing can be recorded but not
+                pinned.
         """
-        routed: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        routed: dict[int, RouterOutput] = {}
         called: dict[int, tuple[Tensor, ...]] = {}
         handles = []
         for layer in self.layers:
@@ -187,7 +210,7 @@ class Backbone:
         was_training = self.model.training
         self.model.eval()
         generator = torch.Generator().manual_seed(0)
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        vocabulary = min(self.model.get_input_embeddings().weight.shape[0], LOW_TOKENS)
         ids = torch.randint(vocabulary, (2, num_tokens // 2), generator=generator).to(self.model.device)
         try:
             self.model(input_ids=ids, use_cache=False)
@@ -200,8 +223,8 @@ class Backbone:
         return self
 
 
-def _keep(store: dict[int, tuple[Tensor, Tensor, Tensor]], layer: MoELayer):  # type: ignore[no-untyped-def]
-    def hook(_module: nn.Module, _args: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _keep(store: dict[int, RouterOutput], layer: MoELayer):  # type: ignore[no-untyped-def]
+    def hook(_module: nn.Module, _args: object, output: RouterOutput) -> None:
         store[layer.index] = output
 
     return hook
@@ -214,9 +237,7 @@ def _keep_call(store: dict[int, tuple[Tensor, ...]], layer: MoELayer):  # type: 
     return hook
 
 
-def _check_layer(
-    layer: MoELayer, routed: tuple[Tensor, Tensor, Tensor] | None, called: tuple[Tensor, ...] | None, tokens: int
-) -> None:
+def _check_layer(layer: MoELayer, routed: RouterOutput | None, called: tuple[Tensor, ...] | None, tokens: int) -> None:
     where = f"layer {layer.index} ({layer.router_name})"
     if routed is None or called is None:
         raise ValueError(f"{where}: its {'router' if routed is None else 'experts'} did not run in a forward pass")
@@ -224,7 +245,7 @@ def _check_layer(
         raise ValueError(
             f"{where}: router must return (logits, top-k weights, top-k index), got {type(routed).__name__}"
         )
-    logits, weights, index = routed
+    first, weights, index = routed
     found = [tuple(t.shape) for t in routed]
     wanted = [(tokens, layer.num_experts), (tokens, layer.top_k), (tokens, layer.top_k)]
     if found != wanted or index.is_floating_point():
@@ -236,7 +257,25 @@ def _check_layer(
     given = [t for t in called if isinstance(t, Tensor)]
     if not any(t.shape == index.shape and torch.equal(t, index) for t in given if not t.is_floating_point()):
         raise ValueError(f"{where}: the experts are not called with the router's own indices")
-    layer.scoring = identify(logits, weights, index)
+    layout, router = router_layout(layer.router), layer.router
+    if _are_probabilities(first) is not layout.returns_probabilities:
+        raise ValueError(
+            f"{where}: router returned {'logits' if layout.returns_probabilities else 'probabilities'} where "
+            f"{type(router).__name__} is known to return the other; this transformers version is not supported"
+        )
+    layer.scoring = identify(
+        layout.logits(first),
+        weights,
+        index,
+        declared_scale=float(getattr(router, "routed_scaling_factor", 1.0)),
+        jitter=float(getattr(router, layout.jitter)) if layout.jitter else None,
+        factor_E=getattr(router, layout.factor) if layout.factor else None,
+    )
+
+
+def _are_probabilities(first_TE: Tensor) -> bool:
+    sums_T = first_TE.float().sum(-1)
+    return bool((first_TE >= 0).all()) and torch.allclose(sums_T, torch.ones_like(sums_T), atol=1e-2)
 
 
 def _why_no_experts(model: nn.Module, kind: str, has_router: bool) -> str:

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
-from trainer.moe.backbone import Backbone, MoELayer
+from trainer.moe.backbone import Backbone, MoELayer, RouterOutput
 
 
 @dataclass
@@ -46,10 +47,10 @@ def record(backbone: Backbone, *, grad: bool = False) -> Iterator[Trace]:
     trace = Trace()
 
     def hook_of(layer: MoELayer) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        def hook(_module: nn.Module, _args: object, output: RouterOutput) -> None:
             if layer.index in trace.logits_TE:
                 raise ValueError("record: one forward pass per context; open a new one for the next batch")
-            logits, weights, index = output
+            logits, weights, index = layer.read(output)
             trace.logits_TE[layer.index] = logits if grad else logits.detach()
             trace.weights_TK[layer.index] = weights.detach()
             trace.index_TK[layer.index] = index.detach()
@@ -69,8 +70,9 @@ def record(backbone: Backbone, *, grad: bool = False) -> Iterator[Trace]:
 def pin(backbone: Backbone, index_TK: dict[int, Tensor]) -> Iterator[None]:
     """Force the given experts (by layer index, each [T, K]) on every forward pass inside.
 
-    Weights are those of the forced experts under the current logits, so gradients still reach the router. Keep the
-    context open during `backward` too when gradient checkpointing recomputes the forward.
+    Weights are those of the forced experts under the current logits, so gradients still reach the router; pinning a
+    model to its own routing changes nothing, bit for bit. Keep the context open during `backward` too when gradient
+    checkpointing recomputes the forward.
 
     Raises:
         ValueError: a layer missing from `index_TK`, a router whose scoring family is unknown, or a batch of another
@@ -85,20 +87,21 @@ def pin(backbone: Backbone, index_TK: dict[int, Tensor]) -> Iterator[None]:
             f"pin: scoring family of {unknown[0]} is unknown (run Backbone.check first); it cannot be replayed"
         )
 
-    def hook_of(layer: MoELayer) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    def hook_of(layer: MoELayer) -> Callable[..., RouterOutput]:
         forced_TK = index_TK[layer.index]
 
-        def hook(
-            _module: nn.Module, _args: object, output: tuple[Tensor, Tensor, Tensor]
-        ) -> tuple[Tensor, Tensor, Tensor]:
-            logits, weights, index = output
+        def hook(_module: nn.Module, _args: object, output: RouterOutput) -> RouterOutput:
+            logits, weights, index = layer.read(output)
             if forced_TK.shape != index.shape:
                 raise ValueError(
                     f"pin: layer {layer.index} routes {tuple(index.shape)} but {tuple(forced_TK.shape)} was recorded"
                 )
             assert layer.scoring is not None
             chosen_TK = forced_TK.to(index.device, index.dtype)
-            return logits, layer.scoring.weights(logits, chosen_TK.long()).to(weights.dtype), chosen_TK
+            forced_weights_TK = layer.scoring.weights(logits, chosen_TK.long()).to(weights.dtype)
+            # Tokens that the router sends there anyway keep its own weights, to the last bit.
+            own_T1 = (chosen_TK == index).all(-1, keepdim=True)
+            return output[0], torch.where(own_T1, weights, forced_weights_TK), chosen_TK
 
         return hook
 

@@ -1,0 +1,60 @@
+"""What steering costs in generation: the ratio steered / plain, both measured in one process, taking turns.
+
+python -m tests.moe.steering_overhead [layers hidden experts top_k batch steered_layers]
+
+A random model in the shape of OLMoE-1B-7B (16 layers of 64 experts, top-8), narrower; steered as in the paper's
+table: one expert activated in each of 5 layers.
+"""
+
+import statistics
+import sys
+import time
+
+import torch
+from transformers import OlmoeConfig, OlmoeForCausalLM
+
+from trainer.moe.backbone import Backbone
+from trainer.moe.steering import Steering, steer
+
+NEW_TOKENS = 32
+
+
+def overhead(layers: int, hidden: int, experts: int, top_k: int, batch: int, steered: int, rounds: int = 11) -> float:
+    """Median over rounds of steered time / plain time for the same greedy generation, in processor time: other processes may run."""
+    torch.manual_seed(0)
+    config = OlmoeConfig(
+        vocab_size=512,
+        hidden_size=hidden,
+        intermediate_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        pad_token_id=0,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    model = OlmoeForCausalLM(config).eval()
+    backbone = Backbone.of(model).check()
+    steering = Steering({i * layers // steered: (0,) for i in range(steered)})
+    ids = torch.randint(1, 512, (batch, 16))
+
+    def seconds() -> float:
+        start = time.process_time()
+        model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS)
+        return time.process_time() - start
+
+    seconds()
+    ratios = []
+    for turn in range(rounds):
+        plain = seconds() if turn % 2 else 0.0
+        with steer(backbone, steering):
+            steered = seconds()
+        ratios.append(steered / (plain or seconds()))
+    return statistics.median(ratios)
+
+
+if __name__ == "__main__":
+    sizes = [int(value) for value in sys.argv[1:]] or [16, 256, 64, 8, 4, 5]
+    print(f"steered / plain generation: {overhead(*sizes):.3f}")
