@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trainer import __version__
+from trainer import __version__, signals
 from trainer.console import say
 
 if TYPE_CHECKING:
@@ -159,18 +159,71 @@ def export(run: RunFolder) -> None:
         _method(opened.recipe).export(opened.recipe, opened)
 
 
+@app.command()
+def apply(
+    base: Annotated[str, typer.Argument(help="The patch's base: a folder or a Hub id.", metavar="BASE")],
+    patch: Annotated[Path, typer.Argument(help="A folder with patch.safetensors and patch.json.", metavar="PATCH")],
+    out: Annotated[Path, typer.Option(help="The folder to write; must not exist.")],
+    revision: Annotated[str | None, typer.Option(help="Revision of the base; by default the patch's own.")] = None,
+) -> None:
+    """Reproduce a repaired checkpoint from its base and a patch."""
+    from trainer.patch import apply_patch
+
+    say(f"checkpoint: {apply_patch(base, patch, out, revision)}")
+
+
+@app.command()
+def push(
+    run: RunFolder,
+    repo: Annotated[str, typer.Option(help="The repository on the Hub, user/name.")],
+    patch_only: Annotated[bool, typer.Option("--patch-only", help="Upload the patch, not the checkpoint.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be uploaded, upload nothing.")] = False,
+) -> None:
+    """Publish a finished run on the Hub, with a model card."""
+    from trainer.hub import push as upload
+
+    upload(run, repo, patch_only=patch_only, private=private, dry_run=dry_run)
+
+
+@app.command()
+def steer(
+    model: Annotated[str, typer.Argument(help="Hub id or local folder.", metavar="MODEL")],
+    experts: Annotated[Path, typer.Option(help="A steering.json, or an expert_set.json to deactivate.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given again.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file of prompts: .txt by lines, or a table.")] = None,
+    strength: Annotated[float | None, typer.Option(help="0 untouched to 1 forced; by default the file's.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a reply.")] = 256,
+) -> None:
+    """Generate under steering (SteerMoE); prints JSON Lines."""
+    from data_prep.errors import UserError
+    from trainer.steered_replies import read_prompts, steered_replies
+
+    asked = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
+    if not asked:
+        raise UserError("steer: no prompt given; use --prompt TEXT or --prompts FILE")
+    with contextlib.redirect_stdout(sys.stderr):
+        replies = steered_replies(model, experts, asked, strength, max_new_tokens)
+    for index, text in enumerate(replies):
+        print(json.dumps({"prompt": index, "reply": text}, ensure_ascii=False))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command and leave with its exit code: 0, 2 for a user's error, 130 when interrupted.
+    """Run the command and leave with its exit code: 0, 2 for a user's error, 130 when interrupted, 143 at SIGTERM.
 
     Exceptions other than `ValueError` and `OSError` are our bugs and pass through.
     """
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     debug = "--debug" in given
     _quiet()
+    signals.install()
     try:
         code = app([item for item in given if item != "--debug"], prog_name="routealign", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(INTERRUPTED)
+    except signals.Terminated:
+        say("stopped by SIGTERM; the same command goes on from here")
+        raise
     except typer.TyperException as error:
         _fail(error.format_message())
     except (ValueError, OSError) as error:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from trainer.console import table
+from data_prep.errors import UserError
+from trainer.checkpoint_files import local_folder
+from trainer.console import is_main_process, say, table
 from trainer.evaluation.diagnostics import router_restore_gap, routing_drift
-from trainer.export import audit_checkpoint, save_checkpoint
-from trainer.loading import load
-from trainer.moe.backbone import Backbone
+from trainer.export import audit_files, reload_check, save_checkpoint
 from trainer.moe.expert_set import ExpertSet
+from trainer.moe.sharding import is_sharded
 from trainer.moe.trained import Trained
+from trainer.patch import ABOUT, TENSORS, write_patch
 from trainer.recipe import Recipe
 from trainer.run import Run, Stage
 from trainer.run_files import atomic_write
@@ -29,9 +33,10 @@ def measure(run: Run, name: str, subject: Subject, after: Sequence[Stage] = ()) 
     folder = run.dir / "stages" / name
     if not stage.done:
         measurement = subject.suite.measure(subject.model, subject.tokenizer, label=name)
-        folder.mkdir(parents=True, exist_ok=True)
-        measurement.write_verdicts(folder / "verdicts.jsonl")
-        atomic_write(folder / "metrics.json", json.dumps(measurement.metrics, indent=1))
+        if is_main_process():
+            folder.mkdir(parents=True, exist_ok=True)
+            measurement.write_verdicts(folder / "verdicts.jsonl")
+            atomic_write(folder / "metrics.json", json.dumps(measurement.metrics, indent=1))
         stage.finish([folder])
     metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
     return metrics, stage
@@ -55,8 +60,8 @@ def diagnose(
             "topk_flip_rate": sum(layer["flip_rate"] for layer in drift) / len(drift),
             "drift_per_layer": drift,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, json.dumps(found, indent=1))
+        if is_main_process():
+            atomic_write(path, json.dumps(found, indent=1))
         stage.finish([path])
     diagnostics: dict[str, Any] = json.loads(path.read_text())
     return diagnostics
@@ -74,26 +79,78 @@ def export_and_audit(
     stage = run.stage("export", subject.hash("export"), after=after)
     audit_path, folder = run.dir / "audit.json", run.dir / "model"
     if not stage.done:
-        trained.fuse()
-        save_checkpoint(subject.model, subject.tokenizer, folder)
-        ids = (
-            torch.arange(8, device=subject.model.device).unsqueeze(0)
-            % subject.model.get_input_embeddings().weight.shape[0]
-        )
+        vocabulary = subject.model.config.get_text_config().vocab_size
+        ids = torch.arange(8, device=subject.model.device).unsqueeze(0) % vocabulary
+        stock = _stock(trained)
         with torch.no_grad():
             logits = subject.model(input_ids=ids, use_cache=False).logits
-        base, _ = load(subject.recipe.model)
-        audit = audit_checkpoint(base, folder, expert_set, logits, ids)
-        atomic_write(audit_path, json.dumps(audit, indent=1))
-        if audit["moved_outside"] and expert_set is not None:
-            raise RuntimeError(f"{folder}: moved outside the expert set and the routers: {audit['moved_outside'][:5]}")
-        if not audit["reload_ok"]:
-            raise RuntimeError(f"{folder}: reloaded logits differ by {audit['reload_max_logit_difference']:.3g}")
-        if not subject.recipe.export.model:
-            shutil.rmtree(folder)
-        stage.finish([audit_path, *([folder] if subject.recipe.export.model else [])])
+        if is_main_process():
+            save_checkpoint(stock, subject.tokenizer, folder, max_shard_size=subject.recipe.export.max_shard_size)
+            base = local_folder(subject.recipe.model.name_or_path, subject.recipe.model.revision)
+            audit = audit_files(base, folder, expert_set) | _reload(subject, folder, logits, ids)
+            atomic_write(audit_path, json.dumps(audit, indent=1))
+            if audit["moved_outside"] and expert_set is not None:
+                moved = audit["moved_outside"][:5]
+                raise RuntimeError(f"{folder}: moved outside the expert set and the routers: {moved}")
+            if not audit["reload_ok"]:
+                difference = audit["reload_max_logit_difference"]
+                raise RuntimeError(f"{folder}: reloaded logits differ by {difference:.3g}")
+            if subject.recipe.export.patch and expert_set is not None:
+                _write_patch(run, base, folder, expert_set)
+            if not subject.recipe.export.model:
+                shutil.rmtree(folder)
+        written = [run.dir / name for name in ("model", TENSORS, ABOUT) if (run.dir / name).exists()]
+        stage.finish([audit_path, *written])
     found: dict[str, Any] = json.loads(audit_path.read_text())
     return found
+
+
+def _stock(trained: Trained) -> PreTrainedModel:
+    """The repaired model without the split: itself, fused, or one put together from a sharded model's parts.
+
+    Of a sharded model rank 0 gathers one tensor after the other, so that it holds its shard and one whole copy; the
+    other ranks' result holds nothing.
+    """
+    if not is_sharded(trained.model):
+        trained.fuse()
+        return trained.model
+    state = {}
+    for name, tensor in trained.stock_state():
+        if is_main_process():
+            state[name] = tensor.cpu()
+    # FSDP2 put a class of its own in front.
+    stock_class = next(c for c in type(trained.model).__mro__ if not c.__name__.startswith("FSDP"))
+    with torch.device("meta"):
+        stock: PreTrainedModel = stock_class(trained.model.config)
+    stock.generation_config = trained.model.generation_config
+    if is_main_process():
+        stock.load_state_dict(state, assign=True)
+    return stock
+
+
+def _reload(subject: Subject, folder: Path, logits: Tensor, ids: Tensor) -> dict[str, Any]:
+    device = torch.device("cpu") if subject.engine.shards else subject.model.device
+    dtype = next(iter(subject.backbone.expert_parameters().values())).dtype
+    return reload_check(folder, logits, ids, dtype=dtype, device=device)
+
+
+def _write_patch(run: Run, base: Path, folder: Path, expert_set: ExpertSet) -> None:
+    model = run.recipe.model
+    for name in (TENSORS, ABOUT):
+        (run.dir / name).unlink(missing_ok=True)
+    try:
+        write_patch(
+            base,
+            folder,
+            run.dir,
+            base_name=model.name_or_path,
+            revision=model.revision,
+            expert_set=expert_set,
+            recipe_hash=run.recipe.hash(),
+            versions=run.manifest.versions,
+        )
+    except UserError as error:  # a base stored under other names: the checkpoint is whole without a patch
+        say(f"no patch: {error}")
 
 
 def random_control(
@@ -108,12 +165,13 @@ def random_control(
     stage = run.stage("control", inputs, after=after)
     path = run.dir / "stages" / "control" / "metrics.json"
     if not stage.done:
-        model, _ = load(subject.recipe.model)
-        control = replace(subject, backbone=Backbone.of(model).check())
+        control = subject.reloaded()
         repair(control, expert_set.random_like(subject.recipe.run.seed))
-        metrics = control.suite.measure_asr(model, subject.tokenizer, ("seen", "unseen"), label="random control")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, json.dumps(metrics, indent=1))
+        metrics = control.suite.measure_asr(
+            control.model, subject.tokenizer, ("seen", "unseen"), label="random control"
+        )
+        if is_main_process():
+            atomic_write(path, json.dumps(metrics, indent=1))
         stage.finish([path])
     found: dict[str, Any] = json.loads(path.read_text())
     return found

@@ -89,6 +89,11 @@ class Stage:
         self._memory = PeakMemory()
 
     @property
+    def identity(self) -> str:
+        """Hex sha256 over everything the stage rests on: what a checkpoint in its middle must agree with."""
+        return sha256_text(repr((self.name, self.record.inputs, sorted(self.record.after.items()))))
+
+    @property
     def digest(self) -> str:
         """Hex sha256 over the finished stage's outputs: what a later stage depends on."""
         assert self.record.status == "finished", f"stage '{self.name}' is used before it is finished"
@@ -187,7 +192,8 @@ class Run:
     def stage_dir(self, number: int, name: str) -> Path:
         """The folder `stages/<number>-<name>/`, made if it is not there."""
         folder = self.dir / "stages" / f"{number}-{name}"
-        folder.mkdir(parents=True, exist_ok=True)
+        if is_main_process():
+            folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def files(self, outputs: Sequence[Path]) -> list[str]:

@@ -1,10 +1,12 @@
-"""What a run asks of its process: to agree with rank 0, and how much memory a stage took."""
+"""What a run asks of its processes: to share work, to agree, and how much memory a stage took."""
 
 import contextlib
 import os
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -12,10 +14,63 @@ T = TypeVar("T")
 _MIB = 1024 * 1024
 
 
+def rank() -> int:
+    """Number of this process among all, 0 where there is one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def from_rank_0(value: T) -> T:
     """The value that rank 0 passes, on every rank; also a barrier. Pickled. Alone, the value itself."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if world_size() == 1:
         return value
+    box = [value]
+    _group().broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def from_all_ranks(found: dict[int, T]) -> list[T]:
+    """What the ranks found for the items dealt to them, in the items' order, on every rank. Pickled."""
+    if world_size() > 1:
+        parts: list[dict[int, T]] = [{}] * world_size()
+        _group().all_gather_object(parts, found)
+        found = {index: value for part in parts for index, value in part.items()}
+    assert sorted(found) == list(range(len(found))), "an item was dealt to no rank"
+    return [found[index] for index in range(len(found))]
+
+
+def dealt(items: Sequence[T], *, together: bool) -> list[tuple[int, T]]:
+    """The share of this rank: every `world_size`-th item with its index.
+
+    Args:
+        together: every rank gets equally many, as a sharded model's collective forward needs; a rank that would have
+            one fewer computes the first item again, which changes nothing.
+    """
+    mine = list(enumerate(items))[rank() :: world_size()]
+    if together and items and len(mine) < -(-len(items) // world_size()):
+        mine.append((0, items[0]))
+    return mine
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on at least one rank; every rank asks."""
+    if world_size() == 1:
+        return flag
+    import torch
+    from accelerate import PartialState
+
+    group = _group()
+    box = torch.tensor(int(flag), device=PartialState().device)
+    group.all_reduce(box)
+    return bool(box.item())
+
+
+def _group() -> ModuleType:
+    """`torch.distributed`, with its process group made."""
     import torch
     import torch.distributed as dist
 
@@ -23,13 +78,10 @@ def from_rank_0(value: T) -> T:
         from accelerate import PartialState
 
         # Without this word accelerate takes a launch on CPUs for single processes, and says nothing.
-        on_cpu = not torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
-        PartialState(cpu=on_cpu)
+        PartialState(cpu=not torch.accelerator.is_available())
     if not dist.is_initialized():
         raise RuntimeError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but no process group could be made")
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    return dist
 
 
 class PeakMemory:

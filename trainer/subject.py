@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from data_prep.corpus import load_corpus
 from data_prep.schema import Corpus
 from trainer.console import say
+from trainer.engine import Engine, engine
 from trainer.evaluation.generation import reply
 from trainer.evaluation.judge import RefusalJudge
 from trainer.evaluation.suite import Suite
@@ -37,7 +38,7 @@ class Subject:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Subject:
-        """Load everything a recipe names and check the model's contract.
+        """Load everything a recipe names, check the model's contract and split the model as the engine does.
 
         Raises:
             ValueError: a model without MoE layers, data that does not load; the message names the key or file.
@@ -46,7 +47,8 @@ class Subject:
         corpus = load_corpus(recipe.data, recipe.run.seed)
         for note in corpus.notes:
             say(note)
-        model, tokenizer = load(recipe.model)
+        backbone, tokenizer = _whole(recipe)
+        engine().shard(backbone)
         judge = RefusalJudge(recipe.evaluate.refusal_markers)
         suite = Suite(
             corpus,
@@ -55,7 +57,17 @@ class Subject:
             batch_size=recipe.evaluate.batch_size,
             wraps_per_benign=recipe.evaluate.wraps_per_benign,
         )
-        return cls(recipe, tokenizer, Backbone.of(model).check(), corpus, judge, suite, _fingerprint(recipe))
+        return cls(recipe, tokenizer, backbone, corpus, judge, suite, _fingerprint(recipe))
+
+    def reloaded(self) -> Subject:
+        """The same with a fresh copy of the model, whole, to be split into trainable and frozen experts."""
+        backbone, tokenizer = _whole(self.recipe)
+        return replace(self, backbone=backbone, tokenizer=tokenizer)
+
+    @property
+    def engine(self) -> Engine:
+        """How this process holds the model."""
+        return engine()
 
     @property
     def model(self) -> PreTrainedModel:
@@ -76,6 +88,11 @@ class Subject:
             batch_size=self.recipe.evaluate.batch_size,
             label=label,
         )
+
+
+def _whole(recipe: Recipe) -> tuple[Backbone, PreTrainedTokenizerBase]:
+    model, tokenizer = load(recipe.model, engine().load_device)
+    return Backbone.of(model).check(), tokenizer
 
 
 def _fingerprint(recipe: Recipe) -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.stages.test_repair import split
-from tests.tiny import FAMILIES, tiny_tokenizer
+from tests.tiny import FAMILIES, tiny_tokenizer, token_ids
 from trainer.chat import encode, pad
 from trainer.moe.routing import record
 from trainer.stages.consistency import (
@@ -15,7 +15,6 @@ from trainer.stages.consistency import (
     ConsistencyRow,
     RoutingConsistencyTrainer,
     divergence,
-    fp32_routers,
     make_routing_consistent,
 )
 from trainer.stages.watch import StageResult
@@ -95,20 +94,44 @@ def test_temperature_sharpens_the_compared_distributions(tmp_path: Path) -> None
     assert cold > warm
 
 
-def test_updates_too_small_for_bf16_still_accumulate_in_fp32_masters(tmp_path: Path) -> None:
+def test_updates_too_small_for_bf16_still_accumulate_in_fp32_masters() -> None:
     trained = split(dtype=torch.bfloat16)
-    with fp32_routers(trained.backbone):
-        weight = next(iter(trained.backbone.router_parameters().values()))
-        assert weight.dtype == torch.float32
-        start = weight.detach().clone()
-        for _ in range(2000):
-            weight.data += 1e-6 * start.sign().where(start != 0, torch.ones_like(start))
-        assert not torch.equal(weight.bfloat16(), start.bfloat16())
+    weight = next(iter(trained.backbone.router_parameters().values()))
+    assert weight.dtype == torch.float32
+    start = weight.detach().clone()
+    for _ in range(2000):
+        weight.data += 1e-6 * start.sign().where(start != 0, torch.ones_like(start))
+    assert not torch.equal(weight.bfloat16(), start.bfloat16())
+    trained.fuse()
     assert {p.dtype for p in trained.backbone.router_parameters().values()} == {torch.bfloat16}
     lost = start.bfloat16()
     for _ in range(2000):
         lost += 1e-6
     assert (lost == start.bfloat16()).float().mean() > 0.9, "what happens without masters"
+
+
+def test_a_16_bit_router_computes_with_what_will_be_exported() -> None:
+    """A router in fp32 would choose other experts in training than the exported 16-bit one."""
+    trained = split(dtype=torch.bfloat16)
+    for parameter in trained.backbone.router_parameters().values():
+        parameter.data += 1e-3 * torch.randn_like(parameter)
+    with torch.no_grad():
+        expected = trained.model(token_ids()).logits
+        trained.fuse()
+        assert torch.equal(trained.model(token_ids()).logits, expected)
+
+
+def test_the_original_router_is_back_inside_and_gone_outside() -> None:
+    trained = split(dtype=torch.bfloat16)
+    with torch.no_grad():
+        before = trained.model(token_ids()).logits
+        for parameter in trained.backbone.router_parameters().values():
+            parameter.data += torch.randn_like(parameter)
+        moved = trained.model(token_ids()).logits
+        with trained.original():
+            assert torch.equal(trained.model(token_ids()).logits, before)
+        assert torch.equal(trained.model(token_ids()).logits, moved)
+    assert not torch.equal(before, moved)
 
 
 def test_a_bf16_model_trains_its_routers(tmp_path: Path) -> None:

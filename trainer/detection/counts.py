@@ -22,6 +22,8 @@ from trainer.console import progress
 from trainer.detection.pairs import Pair
 from trainer.moe.backbone import Backbone
 from trainer.moe.routing import record
+from trainer.moe.sharding import is_sharded
+from trainer.run_process import dealt, from_all_ranks
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,15 @@ class Side:
 
     def take(self, rows: NDArray[np.int64]) -> Side:
         return Side(self.hits_PLE[rows], self.mass_PLE[rows], self.tokens_P[rows])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Side]) -> Side:
+        """The pairs of several counts, in their order."""
+        return cls(
+            np.concatenate([part.hits_PLE for part in parts]),
+            np.concatenate([part.mass_PLE for part in parts]),
+            np.concatenate([part.tokens_P for part in parts]),
+        )
 
     def active(self) -> NDArray[np.int64]:
         """Tokens on which each expert is active, pooled over pairs, [L, E]."""
@@ -95,28 +106,30 @@ def count_activations(
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _count(
     backbone: Backbone, turns: Sequence[ChatTurn], tokens: Tokens, batch_size: int, padding: int, label: str
 ) -> Side:
     width = max(layer.num_experts for layer in backbone)
-    hits_PLE = np.zeros((len(turns), len(backbone), width), np.int64)
-    mass_PLE = np.zeros((len(turns), len(backbone), width), np.float64)
-    tokens_P = np.zeros(len(turns), np.int64)
     model = backbone.model.eval()
-    for rows, batch in progress(list(batches(turns, padding, batch_size)), label):
+    every = list(batches(turns, padding, batch_size))
+    found: dict[int, Side] = {}
+    for number, (_, batch) in progress(dealt(every, together=is_sharded(model)), label):
         batch = batch.to(model.device)
         span_BS = batch.span(tokens)
         with record(backbone) as trace:
             model(
                 input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS, use_cache=False, logits_to_keep=1
             )
-        tokens_P[rows] = span_BS.sum(1).cpu().numpy()
-        for i, layer in enumerate(backbone):
+        hits, mass = [], []
+        for layer in backbone:
             index, weights = trace.index_TK[layer.index], trace.weights_TK[layer.index]
-            hits_PLE[rows, i] = per_sequence(index, torch.ones_like(weights), span_BS, width).long().cpu().numpy()
-            mass_PLE[rows, i] = per_sequence(index, weights, span_BS, width).cpu().numpy()
-    return Side(hits_PLE, mass_PLE, tokens_P)
+            hits.append(per_sequence(index, torch.ones_like(weights), span_BS, width).long().cpu().numpy())
+            mass.append(per_sequence(index, weights, span_BS, width).cpu().numpy())
+        found[number] = Side(np.stack(hits, 1), np.stack(mass, 1), span_BS.sum(1).cpu().numpy())
+    counted = Side.joined(from_all_ranks(found))
+    # Batches are sorted by length: back to the order of the pairs.
+    return counted.take(np.argsort(np.concatenate([rows for rows, _ in every])))
 
 
 def per_sequence(index_TK: Tensor, value_TK: Tensor, span_BS: Tensor, num_experts: int) -> Tensor:

@@ -16,10 +16,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from data_prep.errors import UserError
 from trainer.chat import Batch, batches, encode, pad_id
 from trainer.console import progress
 from trainer.detection.pairs import Pair
 from trainer.moe.backbone import Backbone, expert_tensor_names
+from trainer.moe.sharding import is_partitioned, is_sharded, whole
+from trainer.run_process import dealt, from_all_ranks
 
 
 def gradient_saliency(
@@ -29,27 +32,42 @@ def gradient_saliency(
 
     The loss is the repair's: cross-entropy of the anchor's refusal after the jailbroken prompt, response tokens only.
     Layers with fewer experts leave their surplus columns at zero.
+
+    Raises:
+        UserError: a model partitioned by ZeRO-3.
     """
-    turns = [encode(tokenizer, pair.adversarial_prompt, pair.anchor_reply) for pair in pairs]
     model = backbone.model.eval().requires_grad_(False)
     fused = backbone.expert_parameters()
-    width = max(layer.num_experts for layer in backbone)
-    found: list[NDArray[np.float64]] = []
+    if any(is_partitioned(parameter) for parameter in fused.values()):
+        raise UserError(
+            "detect.score: 'saliency' needs a backward pass outside of training, which ZeRO-3 does not run; allowed: "
+            "`routealign detect` under another engine first (fsdp2, zero2, ddp, single), whose result the run keeps"
+        )
+    turns = [encode(tokenizer, pair.adversarial_prompt, pair.anchor_reply) for pair in pairs]
+    every = list(batches(turns, pad_id(tokenizer), batch_size))
+    found: dict[int, NDArray[np.float64]] = {}
     for parameter in fused.values():
         parameter.requires_grad_(True)
     try:
-        for _, batch in progress(list(batches(turns, pad_id(tokenizer), batch_size)), "gradient saliency"):
+        # FSDP2 averages gradients over the processes, so there every process computes every batch.
+        shared = list(enumerate(every)) if is_sharded(model) else dealt(every, together=False)
+        for number, (_, batch) in progress(shared, "gradient saliency"):
             refusal_loss(backbone, batch.to(model.device)).backward()
-            norms_LE = np.zeros((len(backbone), width))
-            for i, layer in enumerate(backbone):
-                for name in expert_tensor_names(layer.experts):
-                    gradient = getattr(layer.experts, name).grad
-                    norms_LE[i, : layer.num_experts] += gradient.double().flatten(1).square().sum(1).cpu().numpy()
-            found.append(norms_LE)
+            found[number] = _norms(backbone)
             model.zero_grad(set_to_none=True)
     finally:
         model.requires_grad_(False)
-    return np.stack(found)
+    norms: list[NDArray[np.float64]] = from_all_ranks(found)
+    return np.stack(norms)
+
+
+def _norms(backbone: Backbone) -> NDArray[np.float64]:
+    norms_LE = np.zeros((len(backbone), max(layer.num_experts for layer in backbone)))
+    for i, layer in enumerate(backbone):
+        for name in expert_tensor_names(layer.experts):
+            gradient = whole(getattr(layer.experts, name).grad)
+            norms_LE[i, : layer.num_experts] += gradient.double().flatten(1).square().sum(1).cpu().numpy()
+    return norms_LE
 
 
 def refusal_loss(backbone: Backbone, batch: Batch) -> torch.Tensor:

@@ -18,6 +18,8 @@ from trainer.chat import pad_id
 from trainer.console import progress
 from trainer.evaluation.generation import chat_prompt_ids, evaluating, left_pad, reply, require_room
 from trainer.evaluation.metrics import Rate, from_counts, from_flags
+from trainer.moe.sharding import is_sharded
+from trainer.run_process import dealt, from_all_ranks
 
 _NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
 _CHOICE = re.compile(r"(?:^|\banswer(?: is)?:? ?|\boption )\W*([A-Z])\b(?=\W|$)", re.IGNORECASE)
@@ -74,7 +76,7 @@ def _words(text: str) -> str:
     return " ".join(word for word in bare.split() if word not in {"a", "an", "the"})
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _token_accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, batch_size: int) -> Rate:
     label = f"capability {task.name}"
     prompts = chat_prompt_ids(tokenizer, [prompt.text for prompt in task.prompts])
@@ -82,13 +84,13 @@ def _token_accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     rows = [(asked, cast(list[int], answer)) for asked, answer in zip(prompts, answers, strict=True)]
     require_room(model, [len(asked) + len(answer) for asked, answer in rows], 0)
     rows.sort(key=lambda row: len(row[0]) + len(row[1]), reverse=True)
-    right = total = 0
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    found: dict[int, tuple[int, int]] = {}
     with evaluating(model):
-        for start in progress(range(0, len(rows), batch_size), label):
-            batch = rows[start : start + batch_size]
-            hits, counted = _answer_hits(model, batch, pad_id(tokenizer))
-            right, total = right + hits, total + counted
-    return from_counts(right, total, name=label)
+        for number, batch in progress(dealt(batches, together=is_sharded(model)), label):
+            found[number] = _answer_hits(model, batch, pad_id(tokenizer))
+    counts = from_all_ranks(found)
+    return from_counts(sum(right for right, _ in counts), sum(total for _, total in counts), name=label)
 
 
 def _answer_hits(model: PreTrainedModel, batch: list[tuple[list[int], list[int]]], pad_id: int) -> tuple[int, int]:

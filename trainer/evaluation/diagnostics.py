@@ -15,7 +15,9 @@ from trainer.chat import batches, encode, pad_id
 from trainer.evaluation.drift import LayerDrift, drift_per_layer
 from trainer.evaluation.suite import Suite
 from trainer.moe.routing import record
+from trainer.moe.sharding import is_sharded
 from trainer.moe.trained import Trained
+from trainer.run_process import dealt, from_all_ranks
 
 
 def router_restore_gap(
@@ -42,10 +44,10 @@ def routing_drift(
 ) -> list[LayerDrift]:
     """Drift of every layer between the original and the repaired model on the same (prompt, reply) texts."""
     turns = [encode(tokenizer, prompt, answer) for prompt, answer in texts]
-    sums: dict[int, LayerDrift] = {}
-    tokens = 0
     trained.model.eval()
-    for _, batch in batches(turns, pad_id(tokenizer), batch_size):
+    found: dict[int, tuple[int, list[LayerDrift]]] = {}
+    every = list(batches(turns, pad_id(tokenizer), batch_size))
+    for number, (_, batch) in dealt(every, together=is_sharded(trained.model)):
         batch = batch.to(trained.model.device)
         inputs = {"input_ids": batch.input_ids_BS, "attention_mask": batch.attention_mask_BS}
         with record(trained.backbone) as now:
@@ -53,13 +55,17 @@ def routing_drift(
         with trained.original() as original, record(original) as before:
             original.model(**inputs, use_cache=False, logits_to_keep=1)
         mask_T = batch.attention_mask_BS.reshape(-1)
-        count = int(mask_T.sum())
-        tokens += count
-        for drift in drift_per_layer(before.index_TK, now.index_TK, before.logits_TE, now.logits_TE, mask_T):
-            total = sums.setdefault(drift["layer"], LayerDrift(layer=drift["layer"], flip_rate=0.0, kl=0.0))
-            total["flip_rate"] += drift["flip_rate"] * count
-            total["kl"] += drift["kl"] * count
-    return [
-        LayerDrift(layer=layer, flip_rate=total["flip_rate"] / tokens, kl=total["kl"] / tokens)
-        for layer, total in sorted(sums.items())
-    ]
+        drift = drift_per_layer(before.index_TK, now.index_TK, before.logits_TE, now.logits_TE, mask_T)
+        found[number] = int(mask_T.sum()), drift
+    measured = from_all_ranks(found)
+    return [_mean([(tokens, drift[i]) for tokens, drift in measured]) for i in range(len(trained.backbone))]
+
+
+def _mean(drifts: list[tuple[int, LayerDrift]]) -> LayerDrift:
+    """Mean over batches of one layer's drift, weighted by (the first of each pair) tokens."""
+    tokens = sum(count for count, _ in drifts)
+    return LayerDrift(
+        layer=drifts[0][1]["layer"],
+        flip_rate=sum(count * drift["flip_rate"] for count, drift in drifts) / tokens,
+        kl=sum(count * drift["kl"] for count, drift in drifts) / tokens,
+    )

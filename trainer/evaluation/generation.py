@@ -14,6 +14,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from data_prep.errors import UserError
 from trainer.chat import pad_id
 from trainer.console import progress
+from trainer.moe.sharding import is_sharded
+from trainer.run_process import dealt, from_all_ranks
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -59,7 +61,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def reply(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -71,25 +73,31 @@ def reply(
 ) -> list[str]:
     """Greedy reply to each prompt (one user turn), in the order given, without special tokens and outer spaces.
 
-    The longest prompts go first, so that lack of memory shows at once. `label` names the progress bar. Raises
-    `UserError` for a tokenizer without chat template and for prompts that leave no room for `max_new_tokens`.
+    The longest prompts go first, so that lack of memory shows at once. Batches are dealt to the processes whole, so
+    that a reply does not depend on their number; every process returns all replies. `label` names the progress bar.
+    Raises `UserError` for a tokenizer without chat template and for prompts that leave no room for `max_new_tokens`.
     """
     if max_new_tokens < 1 or batch_size < 1:
         raise UserError(f"max_new_tokens and batch_size must be 1 or more, got {max_new_tokens} and {batch_size}")
     rows = chat_prompt_ids(tokenizer, prompts)
     require_room(model, [len(row) for row in rows], max_new_tokens)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True)
-    starts = range(0, len(order), batch_size)
-    replies = [""] * len(rows)
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    together = is_sharded(model)
+    found: dict[int, list[str]] = {}
     with evaluating(model), _only_greedy(model, tokenizer, max_new_tokens) as config:
-        for start in progress(starts, label) if rows else starts:
-            batch = order[start : start + batch_size]
+        for number, batch in progress(dealt(batches, together=together), label) if rows else ():
             ids_BT, mask_BT = left_pad([rows[index] for index in batch], cast(int, config.pad_token_id), model.device)
             generate = cast(Any, model).generate
-            out_BTN: Tensor = generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=config)
+            out_BTN: Tensor = generate(
+                input_ids=ids_BT, attention_mask=mask_BT, generation_config=config, synced_gpus=together
+            )
             texts = tokenizer.batch_decode(out_BTN[:, ids_BT.shape[1] :], skip_special_tokens=True)
-            for index, text in zip(batch, texts, strict=True):
-                replies[index] = text.strip()
+            found[number] = [text.strip() for text in texts]
+    replies = [""] * len(rows)
+    for batch, texts in zip(batches, from_all_ranks(found), strict=True):
+        for index, text in zip(batch, texts, strict=True):
+            replies[index] = text
     return replies
 
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, set_seed
 
 from data_prep.schema import Wrapper
 from data_prep.wrappers import recombine
-from trainer.console import say
+from trainer.console import is_main_process, say
 from trainer.detection.counts import Counts, count_activations
 from trainer.detection.critical import scoring, select, topic_control
 from trainer.detection.pairs import PairReport, build_pairs
@@ -37,6 +37,7 @@ from trainer.recipe import Recipe
 from trainer.reporting import html, plots
 from trainer.run import Run, Stage
 from trainer.run_files import atomic_write, replacing, save_tensors
+from trainer.stages import checkpoint
 from trainer.stages.consistency import ConsistencyOptions, make_routing_consistent
 from trainer.stages.repair import RepairOptions, Row, repair_experts
 from trainer.stages.rows import Mix, Target, consistency_rows, repair_rows
@@ -55,6 +56,7 @@ def run(recipe: Recipe, run: Run) -> None:
     identified = identify(subject, run)
     before, _ = measure(run, "evaluate-before", subject)
     training, last = alternate(subject, identified, run)
+    subject = training.subject
     after, measured = measure(run, "evaluate-after", subject, [last])
     diagnostics = diagnose(run, subject, training.trained, after, training.texts, [last, measured])
     audit = export_and_audit(run, subject, training.trained, training.may_move, [last])
@@ -66,9 +68,10 @@ def run(recipe: Recipe, run: Run) -> None:
     moved = ("experts_changed", "experts_total", "gate_weights_changed", "untouched_identical")
     diagnostics |= {key: audit[key] for key in moved} | {"random_control": control}
     evaluation = {"before": before, "after": after, "diagnostics": diagnostics}
-    atomic_write(run.dir / "evaluation.json", json.dumps(evaluation, indent=1))
-    print_summary(evaluation, recipe)
-    say(f"report: {html.write(run.dir)}")
+    if is_main_process():
+        atomic_write(run.dir / "evaluation.json", json.dumps(evaluation, indent=1))
+        print_summary(evaluation, recipe)
+        say(f"report: {html.write(run.dir)}")
 
 
 def detect(recipe: Recipe, run: Run) -> None:
@@ -81,7 +84,7 @@ def export(recipe: Recipe, run: Run) -> None:
     """Write the checkpoint of a run again, training what is not trained yet."""
     subject = Subject.of(recipe)
     training, last = alternate(subject, identify(subject, run), run)
-    export_and_audit(run, subject, training.trained, training.may_move, [last])
+    export_and_audit(run, training.subject, training.trained, training.may_move, [last])
     say(f"checkpoint: {run.dir / 'model'}")
 
 
@@ -122,7 +125,8 @@ def identify(subject: Subject, run: Run) -> Identified:
         control = topic_control(subject.backbone, subject.tokenizer, found.pairs, counts, experts, recipe.detect)
         about = {"score": recipe.detect.score, "tokens": recipe.detect.tokens, "topic_control": control._asdict()}
         experts = replace(experts, model=recipe.model.name_or_path, about=experts.about | about)
-        _write_detection(files, found, counts, scores.all(), experts)
+        if is_main_process():
+            _write_detection(files, found, counts, scores.all(), experts)
         say(
             f"detect: {len(found.pairs)} pairs kept; {len(experts)} of {experts.total} experts selected; their mean "
             f"activation difference is {control.difference:.3f}, with equal replies {control.with_equal_replies:.3f}"
@@ -169,6 +173,8 @@ def _write_detection(
 
 def alternate(subject: Subject, identified: Identified, run: Run) -> tuple[Training, Stage]:
     """Expert repair and routing consistency in turn; what was done before is taken up."""
+    if subject.engine.shards:
+        subject = subject.reloaded()  # experts are split out of whole tensors
     training = Training(subject, under_repair(subject, identified.experts), identified)
     last = identified.stage
     for number, (round_, kind) in enumerate(schedule(subject.recipe), start=1):
@@ -177,12 +183,20 @@ def alternate(subject: Subject, identified: Identified, run: Run) -> tuple[Train
 
 
 def under_repair(subject: Subject, experts: ExpertSet) -> Trained:
-    """The model with its critical experts split out, or whole for the full fine-tuning baseline."""
+    """The model with its critical experts split out, or whole for the full fine-tuning baseline.
+
+    `subject.model` is whole on entry, and held as the engine does afterwards.
+    """
     repair = subject.recipe.repair
     if repair.scope == "full":
-        return WholeModel(subject.backbone)
+        whole = WholeModel(subject.backbone)
+        subject.engine.shard(whole.reference)
+        subject.engine.shard(whole.backbone)
+        return whole
     set_seed(subject.recipe.run.seed)  # LoRA starts from drawn weights: the same ones in a resumed run
-    return SplitModel(subject.backbone, experts, lora_rank=repair.lora_rank, lora_alpha=repair.lora_alpha)
+    split = SplitModel(subject.backbone, experts, lora_rank=repair.lora_rank, lora_alpha=repair.lora_alpha)
+    subject.engine.shard(split.backbone)
+    return split
 
 
 def schedule(recipe: Recipe) -> list[tuple[int, str]]:
@@ -210,18 +224,25 @@ class Training:
         return None if self.subject.recipe.repair.scope == "full" else self.experts
 
     @property
-    def stages(self) -> dict[str, Callable[[Path], StageResult]]:
+    def stages(self) -> dict[str, Callable[[Path, str], StageResult]]:
         return {"repair": self.repair, "consistency": self.consistency}
 
-    def repair(self, folder: Path) -> StageResult:
+    def repair(self, folder: Path, inputs: str) -> StageResult:
         """Minimise L_SFT over the critical experts at the present router."""
         section = self.subject.recipe.repair
         options = RepairOptions(**{name: getattr(section, name) for name in RepairOptions.__dataclass_fields__})
         return repair_experts(
-            self.trained, self.subject.tokenizer, self.rows(), options, section.trainer_args, folder, self._seed
+            self.trained,
+            self.subject.tokenizer,
+            self.rows(),
+            options,
+            section.trainer_args,
+            folder,
+            self._seed,
+            inputs,
         )
 
-    def consistency(self, folder: Path) -> StageResult:
+    def consistency(self, folder: Path, inputs: str) -> StageResult:
         """Minimise L_router over the routers at the present experts."""
         section = self.subject.recipe.consistency
         options = ConsistencyOptions(
@@ -229,7 +250,7 @@ class Training:
         )
         rows = consistency_rows(self.identified.targets, self.rows(), section.benign_weight)
         return make_routing_consistent(
-            self.trained, self.subject.tokenizer, rows, options, section.trainer_args, folder, self._seed
+            self.trained, self.subject.tokenizer, rows, options, section.trainer_args, folder, self._seed, inputs
         )
 
     def rows(self) -> list[Row]:
@@ -261,8 +282,9 @@ class Training:
         """The whole schedule again, same rows and seed, on other experts of a fresh copy of the model."""
         rows = self._rows or self._answered_by(subject.model)
         control = Training(subject, under_repair(subject, experts), self.identified, rows)
-        for _, kind in schedule(subject.recipe):
-            control.stages[kind](Path(subject.recipe.folder) / "stages" / "control")
+        for number, (_, kind) in enumerate(schedule(subject.recipe)):
+            folder = subject.recipe.folder / "stages" / "control"
+            control.stages[kind](folder / str(number), self.inputs("control"))
 
     def inputs(self, kind: str) -> str:
         """Hash of the recipe's parts that a stage depends on, besides the stages before it."""
@@ -284,10 +306,13 @@ def in_run_folder(run: Run, name: str, number: int, training: Training, kind: st
         training.trained.load_state_dict(load_file(state))
         return stage
     set_seed(run.recipe.run.seed + number)
-    result = training.stages[kind](folder)
-    save_tensors(state, training.trained.state_dict())
-    atomic_write(log, json.dumps(result.log, indent=1))
-    counts = {"trained_parameters": result.trained_parameters, "total_parameters": result.total_parameters}
-    atomic_write(sizes, json.dumps(counts))
+    result = training.stages[kind](folder, stage.identity)
+    weights = training.trained.state_dict()
+    if is_main_process():
+        save_tensors(state, weights)
+        atomic_write(log, json.dumps(result.log, indent=1))
+        counts = {"trained_parameters": result.trained_parameters, "total_parameters": result.total_parameters}
+        atomic_write(sizes, json.dumps(counts))
     stage.finish([state, log, sizes])
+    checkpoint.clear(folder)
     return stage

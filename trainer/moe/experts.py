@@ -13,7 +13,7 @@ F intermediate size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 
 from trainer.moe.backbone import Backbone, expert_tensor_names
 from trainer.moe.expert_set import ExpertSet
-from trainer.moe.trained import routers_swapped
+from trainer.moe.routers import Routers
+from trainer.moe.sharding import assign, gathered, whole
 
 FusedExperts = Any
 """A module decorated with transformers' `use_experts_implementation`; upstream does not type its attributes."""
@@ -51,16 +52,16 @@ class CriticalExperts(nn.Module):
         self.register_buffer("slot_E", slots, persistent=False)
         dtype = torch.promote_types(reference.dtype, torch.float32)
         for name in expert_tensor_names(experts):
-            weights = self._turned(getattr(experts, name).detach()[self.indices]).to(dtype)
+            weights = self.turned(getattr(experts, name).detach()[self.indices]).to(dtype)
             self.register_parameter(name, nn.Parameter(weights.clone(memory_format=torch.contiguous_format)))
 
-    def _turned(self, weights: Tensor) -> Tensor:
+    def turned(self, weights: Tensor) -> Tensor:
         """Between the fused tensor's layout and ours; its own inverse. Biases [N, out] have one layout only."""
         return weights.transpose(-2, -1) if self.fused_is_transposed and weights.ndim == 3 else weights
 
     def fused_weights(self, name: str) -> Tensor:
         """The parameter `name` in the layout of the fused tensor."""
-        return self._turned(getattr(self, name))
+        return self.turned(getattr(self, name))
 
     def forward(self, rows_SD: Tensor, counts_N: Tensor, apply_gate: Callable[[Tensor], Tensor]) -> Tensor:
         """Run rows sorted by critical expert; `counts_N` rows belong to each.
@@ -160,7 +161,7 @@ class SplitModel:
             module.split_slots, module.split_size, module.split_enabled = critical.slot_E, len(experts), True
             module.add_module(CHILD, critical)
         self.model.set_experts_implementation(IMPLEMENTATION)
-        self._original_routers = {n: p.detach().clone() for n, p in backbone.router_parameters().items()}
+        self._routers = Routers(backbone)
         if lora_rank is not None:
             self._add_lora(lora_rank, lora_alpha if lora_alpha is not None else 2.0 * lora_rank)
 
@@ -212,7 +213,7 @@ class SplitModel:
         was_training = self.model.training
         self.model.eval()  # the original is a reference: no dropout, no router jitter
         try:
-            with routers_swapped(self.backbone, self._original_routers if routers else {}):
+            with torch.no_grad(), self._routers.original() if routers else nullcontext():
                 yield self.backbone
         finally:
             self.model.train(was_training)
@@ -222,9 +223,8 @@ class SplitModel:
     def state_dict(self) -> dict[str, Tensor]:
         """What the repair may have changed: trained expert parameters and all routers, on the CPU."""
         state = {**self.trainable(), **self.backbone.router_parameters()}
-        return {name: parameter.detach().cpu().clone() for name, parameter in state.items()}
+        return {name: whole(parameter).cpu().clone() for name, parameter in state.items()}
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore `state_dict`.
 
@@ -235,7 +235,38 @@ class SplitModel:
         if set(mine) != set(state):
             raise ValueError(f"saved state is of another split: {sorted(set(mine) ^ set(state))[:4]} ... differ")
         for name, parameter in mine.items():
-            parameter.copy_(state[name])
+            assign(parameter, state[name])
+
+    @torch.no_grad()
+    def stock_state(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor of everything the stock model holds, with the critical experts in their places.
+
+        One whole tensor at a time, for a sharded model that no process could `fuse`. Collective.
+        """
+        dtypes = self._routers.dtypes()
+        split = {f"{self.backbone.layer(i).experts_name}.": i for i in self.expert_set.by_layer()}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if f".{CHILD}." in name:
+                continue
+            parent, _, own = name.rpartition(".")
+            index = split.get(f"{parent}.")
+            value = whole(tensor) if index is None else self._repaired(index, own)
+            yield name, value.to(dtypes.get(name, value.dtype))
+
+    def _repaired(self, index: int, name: str) -> Tensor:
+        """A copy of the fused tensor `name` of a layer with the trained experts in their places."""
+        experts: FusedExperts = self.backbone.layer(index).experts
+        with gathered(self.backbone, experts):
+            value: Tensor = getattr(experts, name).detach().clone()
+            layer, weights = getattr(experts, CHILD), None
+            while not isinstance(layer, CriticalExperts):
+                if layer.parameter_name == name:
+                    (adapter,) = layer.active_adapters
+                    weights = layer.get_delta_weight(adapter)
+                layer = layer.base_layer
+            trained = getattr(layer, name) if weights is None else getattr(layer, name) + weights
+            value[layer.get_buffer("indices")] = layer.turned(trained.detach()).to(value.dtype)
+        return value
 
     @torch.no_grad()
     def fuse(self) -> None:
@@ -252,4 +283,5 @@ class SplitModel:
             del experts.split_slots, experts.split_size, experts.split_enabled
         if hasattr(self.model, "peft_config"):  # left behind by PEFT's injection; save_pretrained would act on it
             del self.model.peft_config
+        self._routers.restore_dtype()
         self.model.set_experts_implementation(self._former_implementation)

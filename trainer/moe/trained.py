@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trainer.moe.backbone import Backbone
+from trainer.moe.routers import Routers
+from trainer.moe.sharding import assign, whole
 
 
 class Trained(Protocol):
@@ -27,21 +29,7 @@ class Trained(Protocol):
     def state_dict(self) -> dict[str, Tensor]: ...
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
     def fuse(self) -> None: ...
-
-
-@contextmanager
-def routers_swapped(backbone: Backbone, values: dict[str, Tensor]) -> Iterator[None]:
-    """Run with other router weights inside, without gradients; the present ones come back."""
-    current = backbone.router_parameters()
-    kept = {name: current[name].detach().clone() for name in values}
-    try:
-        with torch.no_grad():
-            for name, value in values.items():
-                current[name].data.copy_(value)
-            yield
-    finally:
-        for name, value in kept.items():
-            current[name].data.copy_(value)
+    def stock_state(self) -> Iterator[tuple[str, Tensor]]: ...
 
 
 class WholeModel:
@@ -49,10 +37,10 @@ class WholeModel:
 
     def __init__(self, backbone: Backbone):
         self.backbone, self.model = backbone, backbone.model
-        reference = Backbone.of(copy.deepcopy(self.model).eval().requires_grad_(False))
-        for layer, source in zip(reference, backbone, strict=True):
+        self.reference = Backbone.of(copy.deepcopy(self.model).eval().requires_grad_(False))
+        for layer, source in zip(self.reference, backbone, strict=True):
             layer.scoring = source.scoring
-        self._reference = reference
+        self._routers = Routers(backbone)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return dict(self.model.named_parameters())
@@ -71,18 +59,25 @@ class WholeModel:
         """The original model; with `experts=False` the trained model under the original routers."""
         if experts:
             with torch.no_grad():
-                yield self._reference
+                yield self.reference
             return
-        with routers_swapped(self.backbone, dict(self._reference.router_parameters())):
+        with torch.no_grad(), self._routers.original():
             yield self.backbone
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {name: parameter.detach().cpu().clone() for name, parameter in self.model.named_parameters()}
+        return {name: whole(parameter).cpu().clone() for name, parameter in self.model.named_parameters()}
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, parameter in self.model.named_parameters():
-            parameter.copy_(state[name])
+            assign(parameter, state[name])
 
     def fuse(self) -> None:
-        """Nothing to fuse: the model is stock."""
+        """Nothing to fuse, but the routers get their type back."""
+        self._routers.restore_dtype()
+
+    def stock_state(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and whole tensor of everything a stock checkpoint holds, one at a time, in the model's own types."""
+        dtypes = self._routers.dtypes()
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            value = whole(tensor)
+            yield name, value.to(dtypes.get(name, value.dtype))

@@ -8,8 +8,7 @@ Shapes: B pairs, S positions, E experts, T = B x S tokens, C compared positions 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,13 +16,14 @@ from typing import Any, Literal
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from trainer.chat import Batch, ChatTurn, encode, pad, pad_id
-from trainer.moe.backbone import Backbone
 from trainer.moe.routing import Trace, record
+from trainer.moe.sharding import is_sharded
 from trainer.moe.trained import Trained
-from trainer.stages.watch import StageResult, arguments, configs_kept, parameter_counts, stop_unless_finite, watch
+from trainer.stages.checkpoint import ResumableTrainer
+from trainer.stages.watch import StageResult, arguments, configs_kept, stop_unless_finite, train
 
 LAST_PROMPT, RESPONSE_MEAN, RESPONSE_TOKENS = "last_prompt", "response_mean", "response_tokens"
 
@@ -66,38 +66,20 @@ def make_routing_consistent(
     trainer_args: dict[str, Any],
     folder: Path,
     seed: int,
+    inputs: str = "",
 ) -> StageResult:
     """Run the stage; the routers of `trained` are changed in place, nothing else.
+
+    `inputs` tells checkpoints in `folder` from those of another run.
 
     Raises:
         NonFiniteLossError: training diverged; the weights before the step are kept in `folder`.
     """
     config = TrainingArguments(**arguments(trainer_args, DEFAULTS, folder, seed))
     trained.train_routers()
-    with fp32_routers(trained.backbone), configs_kept(trained.model):
+    with configs_kept(trained.model):
         trainer = RoutingConsistencyTrainer(trained, options, folder, tokenizer, config, _dataset(tokenizer, rows))
-        watch(trainer, "consistency")
-        trainer.train()
-    trainable, total = parameter_counts(trained.model)
-    return StageResult(trainer.state.log_history, trainable, total)
-
-
-@contextmanager
-def fp32_routers(backbone: Backbone) -> Iterator[None]:
-    """Hold the routers in fp32 inside: updates of a 16-bit weight smaller than its spacing are lost otherwise."""
-    changed = [layer.router for layer in backbone if any(p.dtype != torch.float32 for p in layer.router.parameters())]
-    former = [next(router.parameters()).dtype for router in changed]
-    handles = []
-    for router in changed:
-        router.float()
-        handles.append(router.register_forward_pre_hook(lambda _module, args: (args[0].float(), *args[1:])))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for router, dtype in zip(changed, former, strict=True):
-            router.to(dtype)
+        return train(trainer, "consistency", inputs)
 
 
 def _dataset(tokenizer: PreTrainedTokenizerBase, rows: Sequence[ConsistencyRow]) -> Dataset:
@@ -116,7 +98,7 @@ def _dataset(tokenizer: PreTrainedTokenizerBase, rows: Sequence[ConsistencyRow])
     return Dataset.from_dict(columns)
 
 
-class RoutingConsistencyTrainer(Trainer):
+class RoutingConsistencyTrainer(ResumableTrainer):
     """transformers' Trainer with the routing loss; the loss is read from the routers, not from the model's output."""
 
     _tag_names = ["routealign", "routing-consistency"]
@@ -182,7 +164,12 @@ class RoutingConsistencyTrainer(Trainer):
                 runs(**arguments_, use_cache=False, logits_to_keep=1)
         else:
             with torch.set_grad_enabled(grad), record(self.trained.backbone, grad=grad) as trace:
-                model(**arguments_, use_cache=False, logits_to_keep=1)
+                logits_B1V = model(**arguments_, use_cache=False, logits_to_keep=1).logits
+            if grad and is_sharded(self.trained.model):
+                # Sharding engines gather a layer for the backward pass when a gradient arrives at its output, which
+                # the routing of the last layer is not part of.
+                last = max(trace.logits_TE)
+                trace.logits_TE[last] = trace.logits_TE[last] + 0.0 * logits_B1V.sum()
         return trace
 
     def _pair_loss(self, anchor_TE: Tensor, adversarial_TE: Tensor, anchor: Batch, adversarial: Batch) -> Tensor:
@@ -213,18 +200,16 @@ class RoutingConsistencyTrainer(Trainer):
         return mean_BE.clamp(min=1e-20).log().unsqueeze(1), torch.ones_like(mask_BC[:, :1])
 
     def _benign_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """KL(p_original || p) over all real tokens of the harmless turns."""
+        """KL(p_original || p), a mean over each harmless turn's real tokens and then over turns."""
         original = self._route(model, batch, original=True, grad=False)
         current = self._route(model, batch, original=False, grad=True)
-        mask_T = batch.attention_mask_BS.reshape(-1).bool()
-        per_layer = [
-            divergence(
-                torch.log_softmax(original.logits_TE[i][mask_T].float(), -1),
-                torch.log_softmax(current.logits_TE[i][mask_T].float(), -1),
-                "forward",
-            ).mean()
-            for i in current.logits_TE
-        ]
+        mask_BS = batch.attention_mask_BS.bool()
+        share_BS = mask_BS / mask_BS.sum(1, keepdim=True)
+        per_layer = []
+        for i, logits_TE in current.logits_TE.items():
+            target, now = (torch.log_softmax(t.float(), -1) for t in (original.logits_TE[i], logits_TE))
+            divergence_BS = divergence(target, now, "forward").view(mask_BS.shape)
+            per_layer.append((divergence_BS.masked_fill(~mask_BS, 0.0) * share_BS).sum(1).mean())
         return torch.stack(per_layer).mean()
 
 

@@ -24,8 +24,10 @@ from trl import SFTConfig, SFTTrainer
 from data_prep.errors import UserError
 from trainer.chat import ChatTurn, encode, pad, pad_id
 from trainer.moe.routing import Trace, flip_rate, pin, record
+from trainer.moe.sharding import is_sharded
 from trainer.moe.trained import Trained
-from trainer.stages.watch import StageResult, arguments, configs_kept, parameter_counts, stop_unless_finite, watch
+from trainer.stages.checkpoint import ResumableTrainer
+from trainer.stages.watch import StageResult, arguments, configs_kept, stop_unless_finite, train
 
 Stream = Literal["repair", "retain"]
 
@@ -69,8 +71,9 @@ def repair_experts(
     trainer_args: dict[str, Any],
     folder: Path,
     seed: int,
+    inputs: str = "",
 ) -> StageResult:
-    """Run the stage; `trained` is changed in place.
+    """Run the stage; `trained` is changed in place. `inputs` tells checkpoints in `folder` from those of another run.
 
     Raises:
         UserError: no row is short enough for `max_length`.
@@ -86,13 +89,10 @@ def repair_experts(
     trained.train_experts(routers=options.train_gates)
     with configs_kept(trained.model):
         trainer = ExpertRepairTrainer(trained, options, folder, tokenizer, config, dataset)
-        watch(trainer, "repair")
         try:
-            trainer.train()
+            return train(trainer, "repair", inputs)
         finally:
             trainer.restore_forward()
-    trainable, total = parameter_counts(trained.model)
-    return StageResult(trainer.state.log_history, trainable, total)
 
 
 def _dataset(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int | None) -> Dataset:
@@ -120,7 +120,7 @@ class Reference:
     logits_BSV: Tensor
 
 
-class ExpertRepairTrainer(SFTTrainer):
+class ExpertRepairTrainer(ResumableTrainer, SFTTrainer):
     """TRL's SFTTrainer with the two-stream loss and, for `replay`, the original routing pinned through the step."""
 
     _tag_names = ["trl", "sft", "routealign", "expert-repair"]
@@ -200,9 +200,12 @@ class ExpertRepairTrainer(SFTTrainer):
         """Unweighted loss per row [B], detached, and the weighted loss."""
         retain_B = inputs["retain"]
         loss_BR = F.cross_entropy(logits_BRV.transpose(1, 2).float(), targets_BR, reduction="none")
-        use_kl = self.options.retain_loss == "kl" and self.options.retain_weight > 0 and bool(retain_B.any())
-        if use_kl:
+        use_kl = self.options.retain_loss == "kl" and self.options.retain_weight > 0
+        if use_kl and retain_B.any():
             loss_BR = loss_BR.index_copy(0, retain_B.nonzero()[:, 0], self._kl(model, inputs, logits_BRV[retain_B]))
+        elif use_kl and self._replayed is None and is_sharded(self.trained.model):
+            # Other processes have rows to retain, and a sharded original needs this one to run.
+            self._reference(model, inputs, torch.ones_like(retain_B), 1)
         loss_B = (loss_BR * mask_BR).sum(1) / mask_BR.sum(1).clamp(min=1)
         first_B1 = mask_BR.int().argmax(1, keepdim=True)
         decision_B = loss_BR.gather(1, first_B1)[:, 0] * mask_BR.any(1)

@@ -1,4 +1,4 @@
-"""What every training stage has in common: defaults, a progress bar, and stopping at a non-finite loss."""
+"""What every training stage has in common: defaults, progress, saving and stopping, a loss that is not finite."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import ProgressCallback
 from transformers.training_args import TrainingArguments
 
 from data_prep.errors import UserError
-from trainer.console import progress
+from trainer import signals
+from trainer.console import is_main_process, progress
+from trainer.moe.sharding import engine_runs, size
 from trainer.moe.trained import Trained
 from trainer.run_files import save_tensors
+from trainer.run_process import any_rank, world_size
+from trainer.stages.checkpoint import ResumableTrainer, resumable
 
 # transformers 5.23 renamed the switch; the old name warns there and is all that older releases know.
 OLD_CHECKPOINTING, NEW_CHECKPOINTING = "gradient_checkpointing", "activation_checkpointing"
@@ -41,7 +46,8 @@ def arguments(given: dict[str, Any], defaults: dict[str, Any], output_dir: Path,
     """
     own: dict[str, Any] = {
         "output_dir": str(output_dir),
-        "save_strategy": "no",
+        "save_strategy": "no",  # `SaveAndStop` says when
+        "save_steps": 50,
         "report_to": "none",
         "remove_unused_columns": False,
         "disable_tqdm": True,
@@ -51,6 +57,7 @@ def arguments(given: dict[str, Any], defaults: dict[str, Any], output_dir: Path,
         "bf16": False,
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "ddp_find_unused_parameters": False,  # the split touches every parameter in every batch
     }
     chosen = {**own, **defaults, **given}
     checkpointing = [chosen.pop(name, None) for name in (OLD_CHECKPOINTING, NEW_CHECKPOINTING)]
@@ -71,11 +78,22 @@ class StageBar(TrainerCallback):
         self._steps: Iterator[int] = iter(())
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._steps = progress(state.max_steps, self._label)
+        label = self._label + (f" from step {state.global_step}" if state.global_step else "")
+        self._steps = progress(state.max_steps - state.global_step, label)
         next(self._steps, None)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         next(self._steps, None)
+
+
+class SaveAndStop(TrainerCallback):
+    """Save every `save_steps` steps, and before stopping when a process was asked to end."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if any_rank(signals.requested()):
+            control.should_save = control.should_training_stop = True
+        elif state.global_step % max(int(state.save_steps), 1) == 0 and state.global_step < state.max_steps:
+            control.should_save = True
 
 
 @contextmanager
@@ -95,11 +113,39 @@ def configs_kept(model: PreTrainedModel) -> Iterator[None]:
             vars(config).update(values)
 
 
-def watch(trainer: Trainer, label: str) -> None:
-    """Replace the trainer's own printing by one progress bar."""
+def train(trainer: ResumableTrainer, label: str, inputs: str) -> StageResult:
+    """Train a stage to its end, from its newest checkpoint where there is one, and take the engine off the model.
+
+    Raises:
+        NonFiniteLossError: the loss is not finite.
+        Terminated: SIGTERM came; a checkpoint was written.
+        UserError: a checkpoint that this engine or number of processes cannot take up.
+    """
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(StageBar(label))
+    trainer.add_callback(SaveAndStop())
+    # A last batch that is not full would be filled up differently by every number of processes.
+    rows = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps * world_size()
+    trainer.args.dataloader_drop_last = len(trainer.train_dataset) >= rows
+    trainer.inputs = inputs
+    start = resumable(trainer.folder, inputs)
+    with engine_runs(trainer.trained.model):
+        try:
+            with signals.deferred():
+                trainer.train(resume_from_checkpoint=str(start) if start else None)
+        finally:
+            _release(trainer)
+    return StageResult(trainer.state.log_history, *parameter_counts(trainer.trained.model))
+
+
+def _release(trainer: ResumableTrainer) -> None:
+    """Take DeepSpeed's hooks off the model, so that the next stage can set up its own engine."""
+    if trainer.is_deepspeed_enabled:
+        if trainer.deepspeed is not None:
+            trainer.deepspeed.destroy()
+        unset_hf_deepspeed_config()  # else every model that is loaded later is partitioned while it is made
+    trainer.accelerator.free_memory()
 
 
 class NonFiniteLossError(UserError):
@@ -112,11 +158,12 @@ def stop_unless_finite(loss: Tensor, step: int, trained: Trained, folder: Path, 
     Raises:
         NonFiniteLossError: says where the weights before the step lie, or that only the stage's start is good.
     """
-    if math.isfinite(loss.item()):
+    if not any_rank(not math.isfinite(loss.item())):
         return
     state = trained.state_dict()
     if all(bool(t.isfinite().all()) for t in state.values()):
-        save_tensors(folder / "last_good.safetensors", state)
+        if is_main_process():
+            save_tensors(folder / "last_good.safetensors", state)
         kept = f"the weights before this step are in {folder / 'last_good.safetensors'}"
     else:
         kept = "weights were already non-finite: the last good ones are those at the start of this stage"
@@ -128,6 +175,6 @@ def stop_unless_finite(loss: Tensor, step: int, trained: Trained, folder: Path, 
 
 def parameter_counts(model: PreTrainedModel) -> tuple[int, int]:
     """(trainable, all) parameters of a model; the split's copies count as trainable only."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    copies = sum(p.numel() for n, p in model.named_parameters() if ".critical." in n)
-    return trainable, sum(p.numel() for p in model.parameters()) - copies
+    trainable = sum(size(p) for p in model.parameters() if p.requires_grad)
+    copies = sum(size(p) for n, p in model.named_parameters() if ".critical." in n)
+    return trainable, sum(size(p) for p in model.parameters()) - copies

@@ -1,0 +1,185 @@
+"""What one process of a multi-process test does: `python -m tests.distributed.worker OUT CASE ...` under a launcher.
+
+Every case trains a tiny model with fixed rows; rank 0 writes `<case>.safetensors` (what training may change) and every
+rank `<case>-<rank>.json` (losses and what the engine really did).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from transformers import set_seed
+
+from data_prep.schema import Prompt, Wrapper
+from tests.tiny import tiny_model, tiny_tokenizer
+from trainer.detection.counts import count_activations
+from trainer.detection.pairs import Pair
+from trainer.engine import engine
+from trainer.evaluation.generation import reply
+from trainer.moe.backbone import Backbone
+from trainer.moe.expert_set import ExpertSet, Member
+from trainer.moe.experts import SplitModel
+from trainer.moe.sharding import is_partitioned, size
+from trainer.moe.trained import Trained, WholeModel
+from trainer.run_process import rank, world_size
+from trainer.stages import checkpoint, watch
+from trainer.stages.consistency import ConsistencyOptions, ConsistencyRow, make_routing_consistent
+from trainer.stages.repair import RepairOptions, Row, repair_experts
+
+STEPS, ROWS_A_STEP = 4, 4
+CHOSEN = ((0, 1), (0, 5), (1, 2), (2, 0), (2, 7))
+TOKENIZER = tiny_tokenizer()
+
+
+def words(seed: int, n: int) -> str:
+    return " ".join(f"w{i}" for i in np.random.default_rng(seed).integers(0, 56, n))
+
+
+# Lengths differ, so that the ranks' batches differ in shape.
+ROWS = [
+    Row(words(i, 3 + i % 7), words(50 + i, 2 + i % 3), "retain" if i % 3 == 0 else "repair", "x") for i in range(24)
+]
+PAIRS = [
+    ConsistencyRow(
+        words(i, 3 + i % 5), words(20 + i, 5 + i % 4), words(40 + i, 3), words(60 + i, 4 + i % 3), words(i, 3)
+    )
+    for i in range(24)
+]
+
+
+def trained(lora_rank: int | None = None, dtype: torch.dtype = torch.float32, full: bool = False) -> Trained:
+    backbone = Backbone.of(tiny_model(dtype=dtype)).check()
+    model: Trained
+    if full:
+        model = WholeModel(backbone)
+        engine().shard(model.reference)
+    else:
+        members = tuple(Member(*pair) for pair in CHOSEN)
+        set_seed(0)
+        experts = ExpertSet(members, {layer.index: layer.num_experts for layer in backbone})
+        model = SplitModel(backbone, experts, lora_rank=lora_rank)
+    engine().shard(model.backbone)
+    return model
+
+
+def arguments(accumulation: int = 1, **more: Any) -> dict[str, Any]:
+    rows = ROWS_A_STEP // (world_size() * accumulation)
+    return {
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": STEPS,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "warmup_steps": 0,
+        **more,
+    }
+
+
+def repair(model: Trained, folder: Path, options: RepairOptions | None = None, **more: Any) -> list[dict[str, float]]:
+    options = options or RepairOptions()
+    return repair_experts(model, TOKENIZER, ROWS, options, arguments(**more), folder, seed=0).log
+
+
+def consistency(model: Trained, folder: Path, **more: Any) -> list[dict[str, float]]:
+    return make_routing_consistent(
+        model, TOKENIZER, PAIRS, ConsistencyOptions(), arguments(**more), folder, seed=0
+    ).log
+
+
+def case_full(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
+    model = trained()
+    return model, repair(model, folder) + consistency(model, folder)
+
+
+def case_lora(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
+    model = trained(lora_rank=4)
+    return model, repair(model, folder)
+
+
+def case_gates(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
+    model = trained()
+    return model, repair(model, folder, RepairOptions(train_gates=True, routing="replay"))
+
+
+def case_accumulation(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
+    model = trained()
+    return model, repair(model, folder, accumulation=2, gradient_checkpointing=True)
+
+
+def case_bf16(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
+    model = trained(dtype=torch.bfloat16)
+    return model, repair(model, folder, RepairOptions(train_gates=True)) + consistency(model, folder)
+
+
+def case_whole(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
+    model = trained(full=True)
+    return model, repair(model, folder)
+
+
+def inference(out: Path) -> None:
+    """Activation counts and replies, whose batches are dealt to the processes."""
+    backbone = Backbone.of(tiny_model()).check()
+    engine().shard(backbone)
+    goals = [Prompt(f"g{i}", words(i, 3 + i % 5), "harmful") for i in range(11)]
+    wrapper = Wrapper("w", "family", "seen", "w1 {prompt} w2", "{prompt}")
+    pairs = [Pair(goal, wrapper, words(100 + i, 3), words(200 + i, 2 + i % 3)) for i, goal in enumerate(goals)]
+    counts = count_activations(backbone, TOKENIZER, pairs, "both", batch_size=2)
+    prompts = [goal.text for goal in goals]
+    replies = reply(backbone.model, TOKENIZER, prompts, max_new_tokens=5, batch_size=2, label="replies")
+    found = {
+        "hits": counts.adversarial.hits_PLE.tolist(),
+        "anchor": counts.anchor.hits_PLE.tolist(),
+        "tokens": counts.adversarial.tokens_P.tolist(),
+        "replies": replies,
+    }
+    (out / f"inference-{rank()}.json").write_text(json.dumps(found))
+
+
+def main(out: Path, cases: list[str]) -> None:
+    torch.set_num_threads(1)
+    engine()
+    proofs: list[dict[str, Any]] = []
+    release = watch._release
+
+    def prove(trainer: Any) -> None:
+        state = checkpoint._optimiser_state(trainer) if trainer.optimizer is not None else {}
+        moments = [t for name, t in state.items() if not name.endswith(("/master", "/step"))]
+        parameters = list(trainer.trained.model.parameters())
+        trainable = [p for p in parameters if p.requires_grad]
+        proofs.append(
+            {
+                "engine": engine().name,
+                "wrapped": type(trainer.model_wrapped).__name__,
+                "zero_stage": trainer.deepspeed.zero_optimization_stage() if trainer.is_deepspeed_enabled else None,
+                "partitioned": all(is_partitioned(p) for p in parameters),
+                "dtensors": all(isinstance(p, DTensor) for p in parameters),
+                "moment_bytes": sum(t.numel() * t.element_size() for t in moments),
+                "trainable_bytes": sum(size(p) * p.element_size() for p in trainable),
+            }
+        )
+        release(trainer)
+
+    watch._release = prove
+    for name in cases:
+        if name == "inference":
+            inference(out)
+            continue
+        proofs.clear()
+        model, log = globals()[f"case_{name}"](out / name)
+        state, stock = model.state_dict(), {n: t.cpu().clone() for n, t in model.stock_state()}
+        losses = [entry["loss"] for entry in log if "loss" in entry]
+        (out / f"{name}-{rank()}.json").write_text(json.dumps({"losses": losses, "proofs": proofs}))
+        if rank() == 0:
+            save_file({k: v.contiguous() for k, v in state.items()}, out / f"{name}.safetensors")
+            save_file({k: v.contiguous() for k, v in stock.items()}, out / f"{name}-stock.safetensors")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
