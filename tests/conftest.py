@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.organism import organism, small  # noqa: F401 - fixtures
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

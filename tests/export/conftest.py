@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests.methods.conftest import organism
+from tests.organism import organism
 from tests.tiny import tiny_model, tiny_tokenizer
 from trainer.export import save_checkpoint
 from trainer.moe.backbone import Backbone
