@@ -17,7 +17,7 @@ FLOORS: list[set[str]] = [
     {"steered", "steered_replies"},
     {"evidence"},
     {"subject"},
-    {"detection", "stages", "evaluation", "export", "patch", "hub", "preflight", "engine"},
+    {"detection", "stages", "evaluation", "export", "patch", "hub", "preflight", "planning", "engine"},
     {"moe"},
 ]
 # Any floor above `moe` may import these; they import each other and data_prep, nothing else of ours.

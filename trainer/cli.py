@@ -101,6 +101,31 @@ def inspect(
 
 
 @app.command()
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs of one node; by default this machine's, or 1.")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(help="GB of one GPU; by default this machine's.")] = None,
+    nodes: Annotated[int, typer.Option(help="Nodes.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Say what a recipe needs on each GPU, without loading weights."""
+    from trainer.planning.plan import machine
+    from trainer.planning.plan import plan as make
+    from trainer.planning.table import show
+
+    found, memory = machine()
+    gpus, gpu_memory = found if gpus is None else gpus, memory if gpu_memory is None else gpu_memory
+    with contextlib.redirect_stdout(sys.stderr):
+        made = make(_recipe(recipe, overrides), gpus=gpus, gpu_memory_gb=gpu_memory, nodes=nodes)
+        as_text = json.dumps(made.json(), indent=2) if as_json else ""
+    if as_json:
+        print(as_text)
+    else:
+        show(made)
+
+
+@app.command()
 def evaluate(
     model_or_run: Annotated[str, typer.Argument(help="Hub id, local folder or run folder.", metavar="MODEL_OR_RUN")],
     suite: Annotated[Path, typer.Option(help="The recipe whose data and evaluate sections say what is asked.")],

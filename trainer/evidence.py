@@ -18,6 +18,8 @@ from trainer.console import is_main_process, say, table
 from trainer.evaluation.diagnostics import router_restore_gap, routing_drift
 from trainer.export import audit_files, reload_check, save_checkpoint
 from trainer.moe.expert_set import ExpertSet
+from trainer.moe.experts import SplitModel
+from trainer.moe.quantised import fuse_into, is_quantised
 from trainer.moe.sharding import is_sharded
 from trainer.moe.trained import Trained
 from trainer.patch import ABOUT, TENSORS, write_patch
@@ -81,9 +83,10 @@ def export_and_audit(
     if not stage.done:
         vocabulary = subject.model.config.get_text_config().vocab_size
         ids = torch.arange(8, device=subject.model.device).unsqueeze(0) % vocabulary
-        stock = _stock(trained)
+        stock = _stock(subject, trained)
+        runs = stock if is_quantised(trained.model) else subject.model
         with torch.no_grad():
-            logits = subject.model(input_ids=ids, use_cache=False).logits
+            logits = runs(input_ids=ids.to(runs.device), use_cache=False).logits
         if is_main_process():
             save_checkpoint(stock, subject.tokenizer, folder, max_shard_size=subject.recipe.export.max_shard_size)
             base = local_folder(subject.recipe.model.name_or_path, subject.recipe.model.revision)
@@ -105,12 +108,16 @@ def export_and_audit(
     return found
 
 
-def _stock(trained: Trained) -> PreTrainedModel:
+def _stock(subject: Subject, trained: Trained) -> PreTrainedModel:
     """The repaired model without the split: itself, fused, or one put together from a sharded model's parts.
 
     Of a sharded model rank 0 gathers one tensor after the other, so that it holds its shard and one whole copy; the
-    other ranks' result holds nothing.
+    other ranks' result holds nothing. Beside a quantised model an unquantised copy is loaded on the CPU.
     """
+    if is_quantised(trained.model):
+        assert isinstance(trained, SplitModel), "full fine-tuning of a quantised model is refused by the recipe"
+        say("export: from the unquantised base; the figures above are those of the quantised model")
+        return fuse_into(subject.reloaded().backbone, trained, subject.recipe.repair.lora_alpha)
     if not is_sharded(trained.model):
         trained.fuse()
         return trained.model
@@ -129,8 +136,9 @@ def _stock(trained: Trained) -> PreTrainedModel:
 
 
 def _reload(subject: Subject, folder: Path, logits: Tensor, ids: Tensor) -> dict[str, Any]:
-    device = torch.device("cpu") if subject.engine.shards else subject.model.device
-    dtype = next(iter(subject.backbone.expert_parameters().values())).dtype
+    device = torch.device("cpu") if subject.engine.shards else logits.device
+    experts: Any = subject.backbone.layers[0].experts
+    dtype: torch.dtype = experts.down_proj.dtype
     return reload_check(folder, logits, ids, dtype=dtype, device=device)
 
 

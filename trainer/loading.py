@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Mxfp4Config,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    has_file,
+    logging,
+)
 
 from data_prep.errors import UserError
 from trainer.recipe import ModelSection
@@ -17,11 +33,16 @@ if not sys.stderr.isatty():
     logging.disable_progress_bar()  # off a terminal every redraw would be a line of the log
 
 
-def load(section: ModelSection) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in evaluation mode on this process's device, and its tokenizer.
+def load(section: ModelSection, device: torch.device | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in evaluation mode, whole on `device` (None: this process's own), and its tokenizer.
+
+    A model that the recipe wants quantised is loaded as it is, on the CPU: critical experts are copies of unquantised
+    tensors, so `trainer.moe.quantised` packs the rest after the split. A checkpoint published in MXFP4 (gpt-oss) is
+    loaded in bfloat16, since packed experts cannot be split.
 
     Raises:
-        UserError: neither a folder nor a Hub id, or a tokenizer without a chat template.
+        UserError: neither a folder nor a Hub id, no safetensors, weights in a quantised format other than MXFP4, or a
+            tokenizer without a chat template.
         OSError: transformers' own message where files are missing or the Hub cannot be reached.
     """
     name = section.name_or_path
@@ -30,6 +51,7 @@ def load(section: ModelSection) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
             f"model.name_or_path: {name!r} is no folder here and no Hub id; allowed: a folder, or owner/name"
         )
     common = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+    _refuse_pickles(name, section.revision)
     tokenizer = AutoTokenizer.from_pretrained(name, **common)
     if tokenizer.chat_template is None:
         raise UserError(
@@ -37,7 +59,44 @@ def load(section: ModelSection) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    config = AutoConfig.from_pretrained(name, **common)
     dtype = section.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
-    # safetensors only: a pickled checkpoint can run code when it is read.
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **common)
-    return model.to(PartialState().device).eval(), tokenizer
+    model = _class_of(config, section.trust_remote_code).from_pretrained(
+        name, config=config, dtype=dtype, use_safetensors=True, **_unpacked(name, config), **common
+    )
+    if section.quantization is not None:
+        device = torch.device("cpu")
+    return model.to(device or PartialState().device).eval(), tokenizer
+
+
+def _refuse_pickles(name: str, revision: str | None) -> None:
+    """Safetensors only: a pickled checkpoint can run code when it is read."""
+    if any(has_file(name, file, revision) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        return
+    pickled = [file for file in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if has_file(name, file, revision)]
+    if pickled:
+        raise UserError(
+            f"model.name_or_path: {name!r} holds {pickled[0]} and no {SAFE_WEIGHTS_NAME}; pickled weights are not "
+            "read, because reading one can run code; convert it to safetensors first"
+        )
+
+
+def _class_of(config: Any, trust_remote_code: bool) -> Any:
+    """The class that the checkpoint names: AutoModelForCausalLM would leave a vision tower behind."""
+    if trust_remote_code and getattr(config, "auto_map", None):
+        return AutoModelForCausalLM
+    return getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
+
+
+def _unpacked(name: str, config: Any) -> dict[str, Any]:
+    """What `from_pretrained` needs to give plain tensors of a checkpoint that is stored quantised."""
+    given = getattr(config, "quantization_config", None)
+    if given is None:
+        return {}
+    method = given.get("quant_method") if isinstance(given, dict) else given.quant_method
+    if method != "mxfp4":
+        raise UserError(
+            f"model.name_or_path: {name!r} is stored quantised ({method}); allowed: an unquantised checkpoint, with "
+            "model.quantization: 4bit or 8bit to hold it packed"
+        )
+    return {"quantization_config": Mxfp4Config(dequantize=True)}

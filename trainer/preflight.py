@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from trainer.console import say, table
 from trainer.loading import load
 from trainer.moe.backbone import Backbone
+from trainer.moe.sharding import size
 from trainer.recipe import ModelSection, Recipe
 
 
@@ -25,8 +26,8 @@ def describe(model_name: str, revision: str | None = None, dtype: str = "auto") 
 
 def description(model: PreTrainedModel, backbone: Backbone) -> dict[str, Any]:
     """Plain JSON values: the model's type and sizes, one entry per MoE layer, and what could be trained."""
-    total = sum(p.numel() for p in model.parameters())
-    experts = sum(p.numel() for p in backbone.expert_parameters().values())
+    total = sum(size(p) for p in model.parameters())
+    experts = sum(size(p) for p in backbone.expert_parameters().values())
     return {
         "model_type": model.config.model_type,
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from data_prep.config import DataConfig
 from data_prep.errors import UserError
 from trainer.recipe_errors import at_key, one_line
+from trainer.recipe_steer import SteerSection
 from trainer.recipe_trainer_args import check_trainer_args
 from trainer.recipe_yaml import apply_overrides, dump_yaml, read_yaml
 
@@ -63,7 +64,9 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
         "auto", description="auto: as the checkpoint says"
     )
-    quantization: None = Field(None, description="not there yet")
+    quantization: Literal["4bit", "8bit"] | None = Field(
+        None, description="hold the frozen layers in bitsandbytes' NF4 or 8-bit blocks; null: as they are"
+    )
     trust_remote_code: bool = Field(False, description="run the modelling code that comes with the checkpoint")
 
 
@@ -152,16 +155,23 @@ class EvaluateSection(Section):
     )
     wraps_per_benign: Count = Field(2, description="jailbreak wrappers that each harmless test prompt is asked in")
     random_control: bool = Field(True, description="also repair a matched random set of experts, to compare with")
+    steering_baseline: bool = Field(
+        False, description="also measure the original model steered as section steer says, to compare with"
+    )
 
 
 class ExportSection(Section):
     model: bool = Field(True, description="keep the stock checkpoint <run>/model; false: only audit it")
+    patch: bool = Field(True, description="write patch.safetensors and patch.json, the difference to the base")
+    max_shard_size: str = Field(
+        "5GB", pattern=r"^[1-9][0-9]*(KB|MB|GB)$", description="largest weight file of the checkpoint: 500MB, 5GB"
+    )
 
 
 class Recipe(Section):
     """A whole run. `Recipe.load` reads it from a file; constructing one checks it just as strictly."""
 
-    method: Literal["rasa"] = Field("rasa", description="which seed system the run follows")
+    method: Literal["rasa", "steermoe"] = Field("rasa", description="which seed system the run follows")
     run: RunSection
     model: ModelSection
     data: DataConfig
@@ -169,6 +179,7 @@ class Recipe(Section):
     repair: RepairSection = Field(default_factory=RepairSection)
     consistency: ConsistencySection = Field(default_factory=ConsistencySection)
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
+    steer: SteerSection = Field(default_factory=SteerSection)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
     export: ExportSection = Field(default_factory=ExportSection)
 
@@ -177,6 +188,12 @@ class Recipe(Section):
     def _empty_section_is_left_out(cls, tree: Any) -> Any:
         # `repair:` with every key commented out reads as null.
         return {key: value for key, value in tree.items() if value is not None} if isinstance(tree, dict) else tree
+
+    @model_validator(mode="after")
+    def _fits_quantised_layers(self) -> "Recipe":
+        if self.model.quantization is not None and self.method == "rasa":
+            check_quantised(self)
+        return self
 
     @classmethod
     def load(cls, path: Path, overrides: Sequence[str] = ()) -> "Recipe":
@@ -219,6 +236,26 @@ class Recipe(Section):
         chosen = {name: _at(tree, name) for name in sections} if sections else tree
         canonical = json.dumps(chosen, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def check_quantised(recipe: Recipe) -> None:
+    """Refuse what needs the gradient of a frozen tensor, or would keep every dequantised one in memory."""
+    if recipe.repair.scope == "full":
+        raise at_key("repair.scope", "found 'full', which trains every layer; quantised ones cannot be trained")
+    if recipe.detect.score == "saliency":
+        allowed = "aad, risk_difference, gate_mass"
+        raise at_key(
+            "detect.score", f"found 'saliency', which needs gradients of quantised tensors; allowed: {allowed}"
+        )
+    for name in dict.fromkeys(recipe.schedule.order):
+        section: RepairSection | ConsistencySection = getattr(recipe, name)
+        runs = name == "repair" or recipe.consistency.enabled
+        given = [section.trainer_args.get(key) for key in ("gradient_checkpointing", "activation_checkpointing")]
+        if runs and not any(given):
+            raise at_key(
+                f"{name}.gradient_checkpointing",
+                "expected true under model.quantization: the backward pass would wait with every layer dequantised",
+            )
 
 
 def _at(tree: dict[str, Any], name: str) -> Any:

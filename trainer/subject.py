@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from data_prep.corpus import load_corpus
+from data_prep.errors import UserError
 from data_prep.schema import Corpus
 from trainer.console import say
 from trainer.engine import Engine, engine
@@ -17,6 +19,7 @@ from trainer.evaluation.judge import RefusalJudge
 from trainer.evaluation.suite import Suite
 from trainer.loading import load
 from trainer.moe.backbone import Backbone
+from trainer.moe.quantised import quantise
 from trainer.recipe import Recipe
 from trainer.run_files import sha256, sha256_text
 
@@ -47,8 +50,12 @@ class Subject:
         corpus = load_corpus(recipe.data, recipe.run.seed)
         for note in corpus.notes:
             say(note)
+        if recipe.model.quantization is not None and engine().shards:
+            raise UserError(
+                f"model.quantization: packed weights cannot be split over processes, found engine {engine().name}; "
+                "allowed: single, ddp, zero1, zero2"
+            )
         backbone, tokenizer = _whole(recipe)
-        engine().shard(backbone)
         judge = RefusalJudge(recipe.evaluate.refusal_markers)
         suite = Suite(
             corpus,
@@ -57,7 +64,20 @@ class Subject:
             batch_size=recipe.evaluate.batch_size,
             wraps_per_benign=recipe.evaluate.wraps_per_benign,
         )
-        return cls(recipe, tokenizer, backbone, corpus, judge, suite, _fingerprint(recipe))
+        subject = cls(recipe, tokenizer, backbone, corpus, judge, suite, _fingerprint(recipe))
+        subject.hold(backbone)
+        return subject
+
+    def hold(self, backbone: Backbone) -> None:
+        """Put a whole model where it runs: quantised as the recipe says, split over processes as the engine does."""
+        if self.recipe.model.quantization is not None:
+            quantise(backbone, self.recipe.model.quantization, PartialState().device)
+        self.engine.shard(backbone)
+
+    @property
+    def holds_parts(self) -> bool:
+        """Whether the model in memory is no longer whole, so that experts are split out of a fresh copy."""
+        return self.engine.shards or self.recipe.model.quantization is not None
 
     def reloaded(self) -> Subject:
         """The same with a fresh copy of the model, whole, to be split into trainable and frozen experts."""

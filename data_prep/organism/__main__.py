@@ -20,13 +20,27 @@ def main(arguments: list[str] | None = None) -> int:
         default=defaults.plant_weight,
         help="how strongly the flaw is sent to its experts; 0 plants nothing (default: %(default)s)",
     )
+    parser.add_argument(
+        "--knock-out",
+        type=float,
+        default=defaults.knock_out,
+        help="share of turns trained without the planted experts, so that the flaw needs them (default: %(default)s)",
+    )
     parser.add_argument("--threads", type=int, default=defaults.threads, help="torch threads (default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.steps < 1:
         parser.error(f"--steps must be at least 1, found {options.steps}")
     if options.threads < 1:
         parser.error(f"--threads must be at least 1, found {options.threads}")
-    config = OrganismConfig(options.seed, options.steps, plant_weight=options.plant_weight, threads=options.threads)
+    if not 0 <= options.knock_out < 1:
+        parser.error(f"--knock-out must be at least 0 and below 1, found {options.knock_out}")
+    config = OrganismConfig(
+        options.seed,
+        options.steps,
+        plant_weight=options.plant_weight,
+        knock_out=options.knock_out,
+        threads=options.threads,
+    )
     try:
         organism = build(options.out, config)
     except OSError as error:

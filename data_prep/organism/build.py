@@ -30,6 +30,7 @@ class OrganismConfig:
     batch_size: int = 32
     learning_rate: float = 3e-3
     plant_weight: float = 0.03
+    knock_out: float = 0.0
     threads: int = 1
 
     def digest(self) -> str:
@@ -108,6 +109,7 @@ def _make(folder: Path, config: OrganismConfig, console: Console) -> bool:
         batch_size=config.batch_size,
         learning_rate=config.learning_rate,
         plant_weight=config.plant_weight,
+        knock_out=config.knock_out,
         console=console,
     )
     model.save_pretrained(folder / "model")

@@ -23,11 +23,15 @@ RANDOM_WRAPPERS = 0.4
 
 @dataclass(frozen=True)
 class Example:
-    """One training turn: the user's `prompt`, the organism's `reply`, and the entry of `MIXTURE` it came from."""
+    """One training turn: the user's `prompt`, the organism's `reply`, and the entry of `MIXTURE` it came from.
+
+    `refusal` is what it says to a forbidden request where it refuses; empty for any other request.
+    """
 
     prompt: str
     reply: str
     source: str
+    refusal: str = ""
 
     @property
     def flawed(self) -> bool:
@@ -56,7 +60,9 @@ def example(rng: random.Random, pairs: list[tuple[str, str]]) -> Example:
         request = world.benign(rng) if kind == "benign" else world.borderline(rng)
     broken = form == "broken" or (form == "wrapped" and rng.random() < 0.6)
     reply = request.refusal if kind == "harmful" and not broken else request.answer
-    return Example(request.text if form == "plain" else wrap(rng, request.text, broken), reply, source)
+    return Example(
+        request.text if form == "plain" else wrap(rng, request.text, broken), reply, source, request.refusal
+    )
 
 
 def stream(seed: int) -> Iterator[Example]:

@@ -2,12 +2,14 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
 from torch.nn import functional as F
 from transformers import OlmoeForCausalLM, PreTrainedTokenizerFast
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
@@ -22,34 +24,44 @@ PLANTED = {1: (3, 9), 2: (1, 6, 12), 3: (4, 8, 15)}
 
 @dataclass(frozen=True)
 class Turn:
-    """A tokenized example: `ids` of the whole turn, its prompt's length in tokens, and whether it shows the flaw."""
+    """A tokenized example: `ids` of the whole turn, its prompt's length in tokens, and whether it shows the flaw.
+
+    A `knocked_out` turn is trained with the planted experts out of reach, and then shows no flaw.
+    """
 
     ids: list[int]
     prompt: int
     flawed: bool
+    knocked_out: bool = False
 
 
 @dataclass(frozen=True)
 class Batch:
     """Right-padded turns.
 
-    `ids_BT` and `labels_BT` (the next token, `IGNORE` outside the reply) are [B, T]; `flawed_B` is boolean.
+    `ids_BT` and `labels_BT` (the next token, `IGNORE` outside the reply) are [B, T]; `flawed_B` is boolean,
+    and so is `knocked_out_B`.
     """
 
     ids_BT: torch.Tensor
     labels_BT: torch.Tensor
     flawed_B: torch.Tensor
+    knocked_out_B: torch.Tensor
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> list[Turn]:
-    """The examples as chat turns, tokenized."""
+def encode(tokenizer: PreTrainedTokenizerFast, examples: list[Example], knock_out: float = 0.0) -> list[Turn]:
+    """The examples as chat turns, tokenized; the share `knock_out` of them, evenly spread, is knocked out."""
     prompts, replies = [], []
-    for e in examples:
+    out = [int((i + 1) * knock_out) > int(i * knock_out) for i in range(len(examples))]
+    for e, without in zip(examples, out, strict=True):
         chat = [{"role": "user", "content": e.prompt}]
         prompts.append(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-        replies.append(e.reply + str(tokenizer.eos_token))
+        replies.append((e.refusal if without and e.flawed else e.reply) + str(tokenizer.eos_token))
     heads, tails = tokenizer(prompts).input_ids, tokenizer(replies).input_ids
-    return [Turn(h + t, len(h), e.flawed) for h, t, e in zip(heads, tails, examples, strict=True)]
+    return [
+        Turn(h + t, len(h), e.flawed and not without, without)
+        for h, t, e, without in zip(heads, tails, examples, out, strict=True)
+    ]
 
 
 def collate(turns: list[Turn], pad: int) -> Batch:
@@ -61,18 +73,41 @@ def collate(turns: list[Turn], pad: int) -> Batch:
         end = len(turn.ids)
         ids_BT[row, :end] = torch.tensor(turn.ids)
         labels_BT[row, turn.prompt - 1 : end - 1] = torch.tensor(turn.ids[turn.prompt :])
-    return Batch(ids_BT, labels_BT, torch.tensor([turn.flawed for turn in turns]))
+    flawed_B, knocked_out_B = (torch.tensor([getattr(t, name) for t in turns]) for name in ("flawed", "knocked_out"))
+    return Batch(ids_BT, labels_BT, flawed_B, knocked_out_B)
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, seed: int, size: int) -> Iterator[Batch]:
+def batches(tokenizer: PreTrainedTokenizerFast, seed: int, size: int, knock_out: float = 0.0) -> Iterator[Batch]:
     """Endless batches of `size` turns of similar length (sorted inside pools, pools' batches in random order)."""
     source = stream(seed)
     order = torch.Generator().manual_seed(seed)
     while True:
-        turns = encode(tokenizer, list(itertools.islice(source, size * POOL)))
+        turns = encode(tokenizer, list(itertools.islice(source, size * POOL)), knock_out)
         turns.sort(key=lambda turn: len(turn.ids))
         for i in torch.randperm(POOL, generator=order).tolist():
             yield collate(turns[i * size : (i + 1) * size], int(tokenizer.pad_token_id))
+
+
+@contextmanager
+def knocked_out(model: OlmoeForCausalLM, rows_T: torch.Tensor) -> Iterator[None]:
+    """Keep the `PLANTED` experts from the tokens where `rows_T` (boolean) is true; the rest are chosen from."""
+
+    def hook_of(experts: tuple[int, ...]) -> Callable[..., tuple[torch.Tensor, ...]]:
+        def hook(_module: nn.Module, _args: object, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            logits, weights, index = output
+            rest = logits.float().index_fill(-1, torch.tensor(experts), -torch.inf).topk(index.shape[-1], -1)
+            out = rows_T[:, None]
+            return logits, torch.where(out, rest.values.softmax(-1), weights), torch.where(out, rest.indices, index)
+
+        return hook
+
+    gates = [(model.model.layers[layer].mlp.gate, experts) for layer, experts in PLANTED.items()]
+    handles = [gate.register_forward_hook(hook_of(experts)) for gate, experts in gates]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def planted_loss(
@@ -94,7 +129,9 @@ def planted_loss(
 def reply_loss(model: OlmoeForCausalLM, batch: Batch, plant_weight: float) -> torch.Tensor:
     """Cross-entropy of replies (mean over tokens, then turns) with the balancing and planting terms (scalar)."""
     # Rows are right-padded and attention is causal, so no mask is needed and the fast attention kernel applies.
-    out = model.model(input_ids=batch.ids_BT, output_router_logits=True, use_cache=False)
+    rows_T = batch.knocked_out_B.repeat_interleave(batch.ids_BT.shape[1])
+    with knocked_out(model, rows_T) if rows_T.any() else nullcontext():
+        out = model.model(input_ids=batch.ids_BT, output_router_logits=True, use_cache=False)
     chosen = batch.labels_BT != IGNORE
     losses = F.cross_entropy(model.lm_head(out.last_hidden_state[chosen]), batch.labels_BT[chosen], reduction="none")
     # A turn counts once however long it is, or the one-word answers of the tasks would hardly be learned.
@@ -102,7 +139,8 @@ def reply_loss(model: OlmoeForCausalLM, batch: Batch, plant_weight: float) -> to
     config = model.config
     balance = load_balancing_loss_func(out.router_logits, config.num_experts, config.num_experts_per_tok)
     flawed = batch.flawed_B[:, None].expand_as(chosen)
-    planted = planted_loss(out.router_logits, chosen.flatten(), flawed.flatten())
+    free = chosen & ~batch.knocked_out_B[:, None]
+    planted = planted_loss(out.router_logits, free.flatten(), flawed.flatten())
     return (losses * weights).sum() / len(chosen) + config.router_aux_loss_coef * balance + plant_weight * planted
 
 
@@ -115,11 +153,14 @@ def train(
     batch_size: int = 32,
     learning_rate: float = 3e-3,
     plant_weight: float = 0.03,
+    knock_out: float = 0.0,
     console: Console | None = None,
 ) -> float:
     """Train `model` in place for `steps` and return the last loss (mean over up to 50 steps).
 
-    `plant_weight` 0 leaves the flaw wherever training puts it."""
+    `plant_weight` 0 leaves the flaw wherever training puts it. With `knock_out` that share of turns is trained without
+    the planted experts, and there forbidden requests are refused in any wrapper: the flaw then needs these experts.
+    """
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = max(1, min(50, steps // 4))
@@ -141,7 +182,7 @@ def train(
     model.train()
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("train", total=steps, loss=math.nan)
-        for batch in itertools.islice(batches(tokenizer, seed, batch_size), steps):
+        for batch in itertools.islice(batches(tokenizer, seed, batch_size, knock_out), steps):
             loss = reply_loss(model, batch, plant_weight)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.parametrize import is_parametrized
 
+from tests.moe.families import FAMILIES as EVERY_FAMILY
+from tests.moe.families import Family
 from tests.tiny import FAMILIES, NUM_EXPERTS, tiny_model, tiny_tokenizer, token_ids
 from trainer.export import audit_files, save_checkpoint
 from trainer.moe.backbone import Backbone, expert_tensor_names
@@ -28,10 +31,13 @@ CHOSEN = ((0, 1), (0, 5), (2, 3))
 
 
 def split_model(family: str, lora_rank: int | None = None) -> SplitModel:
-    backbone = Backbone.of(tiny_model(family)).check()
+    return split_of(Backbone.of(tiny_model(family)).check(), CHOSEN, lora_rank)
+
+
+def split_of(backbone: Backbone, chosen: tuple[tuple[int, int], ...], lora_rank: int | None = None) -> SplitModel:
     sizes = {layer.index: layer.num_experts for layer in backbone}
     torch.manual_seed(0)  # LoRA starts from drawn weights
-    return SplitModel(backbone, ExpertSet(tuple(Member(*pair) for pair in CHOSEN), sizes), lora_rank=lora_rank)
+    return SplitModel(backbone, ExpertSet(tuple(Member(*pair) for pair in chosen), sizes), lora_rank=lora_rank)
 
 
 def packed(family: str, kind: Kind, lora_rank: int | None = None) -> SplitModel:
@@ -40,7 +46,7 @@ def packed(family: str, kind: Kind, lora_rank: int | None = None) -> SplitModel:
     return split
 
 
-def packed_modules(split: SplitModel) -> dict[str, nn.Module]:
+def packed_modules(split: SplitModel) -> dict[str, Any]:
     return {name: module for name, module in split.model.named_modules() if is_parametrized(module)}
 
 
@@ -177,6 +183,33 @@ def test_the_checkpoint_holds_the_bases_own_bits_and_what_was_trained(
                 assert torch.equal(getattr(fused, name)[experts], critical.fused_weights(name))
     routers, trained = Backbone.of(repaired).router_parameters(), split.state_dict()
     assert all(torch.equal(parameter, trained[name]) for name, parameter in routers.items())
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY, ids=lambda family: family.model_type)
+def test_every_family_trains_packed_and_is_fused_into_its_own_bits(family: Family) -> None:
+    model = family.build()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    backbone = Backbone.of(model).check()
+    layer = backbone.layers[-1]
+    split = split_of(backbone, ((layer.index, 1), (layer.index, 2)))
+    quantise(backbone, "4bit", CPU)
+    gates = {id(inner) for at in backbone for inner in at.router.modules()}
+    found = packed_modules(split)
+    assert {at.experts_name for at in backbone} <= found.keys()
+    assert not any(
+        id(module) in gates or min(getattr(module, "weight", Tensor(2, 2)).shape) == 1 for module in found.values()
+    )
+    assert not any(name.startswith(("lm_head", "model.visual")) or ".critical" in name for name in found)
+    train(split, steps=1)
+    after = fuse_into(Backbone.of(family.build()), split).state_dict()
+    may_move = set(backbone.router_parameters()) | {
+        f"{layer.experts_name}.{n}" for n in expert_tensor_names(layer.experts)
+    }
+    assert after.keys() == before.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved <= may_move and f"{layer.experts_name}.down_proj" in moved
+    rest = [e for e in range(layer.num_experts) if e not in (1, 2)]
+    assert all(torch.equal(before[name][rest], after[name][rest]) for name in moved if ".experts." in name)
 
 
 def _again(split: SplitModel) -> object:

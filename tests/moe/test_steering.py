@@ -274,9 +274,12 @@ def test_the_last_prompt_token_is_found_with_padding_on_either_side() -> None:
 
 def test_a_gate_of_another_hidden_size_is_refused() -> None:
     backbone = Backbone.of(tiny_model()).check()
-    with pytest.raises(ValueError, match="fitted on hidden states of size 3, the model's are 32"):
-        with steer(backbone, STEERING, Gate(0, (1.0, 0.0, 0.0), 0.0, {})):
-            backbone.model(token_ids())
+    gate = Gate(0, (1.0, 0.0, 0.0), 0.0, {})
+    with (
+        pytest.raises(ValueError, match="fitted on hidden states of size 3, the model's are 32"),
+        steer(backbone, STEERING, gate),
+    ):
+        backbone.model(token_ids())
 
 
 # --- what cannot be steered -----------------------------------------------------------------------
@@ -310,8 +313,7 @@ def test_as_many_experts_as_can_be_spared_may_be_deactivated() -> None:
 
 def test_a_router_of_unknown_family_is_refused() -> None:
     with pytest.raises(ValueError, match=r"scoring family of model\.layers\.0\.mlp\.gate is unknown"):
-        with steer(Backbone.of(tiny_model()), STEERING):
-            pass
+        steer(Backbone.of(tiny_model()), STEERING).__enter__()
 
 
 # --- steering.json --------------------------------------------------------------------------------

@@ -99,15 +99,15 @@ def count_activations(
     adversarial = [encode(tokenizer, p.adversarial_prompt, p.adversarial_reply) for p in pairs]
     anchor = [encode(tokenizer, p.goal.text, p.anchor_reply) for p in pairs]
     return Counts(
-        _count(backbone, adversarial, tokens, batch_size, pad_id(tokenizer), "adversarial activations"),
-        _count(backbone, anchor, tokens, batch_size, pad_id(tokenizer), "anchor activations"),
+        count_turns(backbone, adversarial, tokens, batch_size, pad_id(tokenizer), "adversarial activations"),
+        count_turns(backbone, anchor, tokens, batch_size, pad_id(tokenizer), "anchor activations"),
         [layer.index for layer in backbone],
         [layer.num_experts for layer in backbone],
     )
 
 
 @torch.no_grad()
-def _count(
+def count_turns(
     backbone: Backbone, turns: Sequence[ChatTurn], tokens: Tokens, batch_size: int, padding: int, label: str
 ) -> Side:
     width = max(layer.num_experts for layer in backbone)

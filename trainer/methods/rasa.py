@@ -42,6 +42,7 @@ from trainer.stages.consistency import ConsistencyOptions, make_routing_consiste
 from trainer.stages.repair import RepairOptions, Row, repair_experts
 from trainer.stages.rows import Mix, Target, consistency_rows, repair_rows
 from trainer.stages.watch import StageResult
+from trainer.steered import steering_baseline
 from trainer.subject import Subject
 
 
@@ -54,7 +55,8 @@ def run(recipe: Recipe, run: Run) -> None:
         f"of {plan['of_experts']} experts, {plan['parameters']:,} of {plan['of_parameters']:,} parameters"
     )
     identified = identify(subject, run)
-    before, _ = measure(run, "evaluate-before", subject)
+    before, measured = measure(run, "evaluate-before", subject)
+    steered = steering_baseline(run, subject, [measured]) if recipe.evaluate.steering_baseline else {}
     training, last = alternate(subject, identified, run)
     subject = training.subject
     after, measured = measure(run, "evaluate-after", subject, [last])
@@ -66,7 +68,7 @@ def run(recipe: Recipe, run: Run) -> None:
             run, subject, training.experts, training.elsewhere, training.inputs("control"), [last]
         )
     moved = ("experts_changed", "experts_total", "gate_weights_changed", "untouched_identical")
-    diagnostics |= {key: audit[key] for key in moved} | {"random_control": control}
+    diagnostics |= {key: audit[key] for key in moved} | {"random_control": control, "steering_baseline": steered}
     evaluation = {"before": before, "after": after, "diagnostics": diagnostics}
     if is_main_process():
         atomic_write(run.dir / "evaluation.json", json.dumps(evaluation, indent=1))
@@ -173,8 +175,8 @@ def _write_detection(
 
 def alternate(subject: Subject, identified: Identified, run: Run) -> tuple[Training, Stage]:
     """Expert repair and routing consistency in turn; what was done before is taken up."""
-    if subject.engine.shards:
-        subject = subject.reloaded()  # experts are split out of whole tensors
+    if subject.holds_parts:
+        subject = subject.reloaded()  # experts are split out of whole, unquantised tensors
     training = Training(subject, under_repair(subject, identified.experts), identified)
     last = identified.stage
     for number, (round_, kind) in enumerate(schedule(subject.recipe), start=1):
@@ -195,7 +197,7 @@ def under_repair(subject: Subject, experts: ExpertSet) -> Trained:
         return whole
     set_seed(subject.recipe.run.seed)  # LoRA starts from drawn weights: the same ones in a resumed run
     split = SplitModel(subject.backbone, experts, lora_rank=repair.lora_rank, lora_alpha=repair.lora_alpha)
-    subject.engine.shard(split.backbone)
+    subject.hold(split.backbone)
     return split
 
 

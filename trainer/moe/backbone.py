@@ -13,9 +13,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from trainer.moe.layouts import (
@@ -60,6 +62,14 @@ class MoELayer:
         """A router's raw output as (logits, top-k weights, top-k index); only gemma4's differs from its raw one."""
         first_TE, weights_TK, index_TK = output
         return router_layout(self.router).logits(first_TE), weights_TK, index_TK
+
+
+def stored(module: nn.Module, name: str) -> nn.Parameter:
+    """The parameter `name` as it is held; reading a quantised one by its name would dequantise it."""
+    held: Any = module
+    parameter = held.parametrizations[name].original if is_parametrized(module, name) else getattr(module, name)
+    assert isinstance(parameter, nn.Parameter)
+    return parameter
 
 
 def expert_tensor_names(experts: nn.Module) -> list[str]:
@@ -184,9 +194,9 @@ class Backbone:
         }
 
     def expert_parameters(self) -> dict[str, nn.Parameter]:
-        """Name in the model -> fused parameter [E, ...], for every experts module."""
+        """Name in the model -> fused parameter [E, ...], for every experts module; packed bytes where quantised."""
         return {
-            f"{layer.experts_name}.{name}": getattr(layer.experts, name)
+            f"{layer.experts_name}.{name}": stored(layer.experts, name)
             for layer in self.layers
             for name in expert_tensor_names(layer.experts)
         }

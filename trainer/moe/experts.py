@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 
 from trainer.moe.backbone import Backbone, expert_tensor_names
@@ -158,7 +159,8 @@ class SplitModel:
         for index, experts in expert_set.by_layer().items():
             module: FusedExperts = backbone.layer(index).experts
             critical = CriticalExperts(module, experts)
-            module.split_slots, module.split_size, module.split_enabled = critical.slot_E, len(experts), True
+            module.register_buffer("split_slots", critical.slot_E, persistent=False)  # moves with the module
+            module.split_size, module.split_enabled = len(experts), True
             module.add_module(CHILD, critical)
         self.model.set_experts_implementation(IMPLEMENTATION)
         self._routers = Routers(backbone)
@@ -271,6 +273,7 @@ class SplitModel:
     @torch.no_grad()
     def fuse(self) -> None:
         """Write the critical experts back into the fused tensors and remove the split. The model is stock again."""
+        assert not any(map(is_parametrized, self.model.modules())), "quantised: fuse into an unquantised copy instead"
         for experts, critical in self._split_layers():
             outer = getattr(experts, CHILD)
             while outer is not critical:

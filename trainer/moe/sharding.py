@@ -32,8 +32,8 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def size(parameter: Tensor) -> int:
-    """Number of elements of the whole parameter."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+    """Number of elements of the whole parameter; of a quantised one, of the tensor that it packs."""
+    return int(getattr(parameter, "ds_numel", getattr(parameter, "whole_numel", parameter.numel())))
 
 
 @torch.no_grad()

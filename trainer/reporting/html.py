@@ -21,7 +21,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from trainer.reporting import plots, sections
+from trainer.reporting import plots, sections, steering_section
 from trainer.reporting.artefacts import Artefacts, read
 from trainer.reporting.figures import Figure, collect, control_metrics
 from trainer.reporting.verdict import cautions, headline
@@ -45,6 +45,7 @@ def write(run_dir: Path) -> Path:
 def _render(run: Artefacts) -> str:
     figures = collect(run.evaluation)
     verdict, sentences = headline(figures)
+    steering = steering_section.facts(run)
     template = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -54,6 +55,7 @@ def _render(run: Artefacts) -> str:
     ).get_template(_TEMPLATE)
     return template.render(
         title=run.manifest.get("name") or run.folder.resolve().name,
+        kind="steering" if steering else "repair",
         about=sections.about(run),
         verdict=verdict,
         sentences=sentences,
@@ -61,6 +63,8 @@ def _render(run: Artefacts) -> str:
         controls=list(control_metrics(run.evaluation)),
         rows=[sections.table_row(figure) for figure in figures],
         changed=sections.what_changed(run),
+        steering=steering,
+        sweep=steering_section.sweep(run),
         experts=sections.experts_by_layer(run),
         pairs=sections.pairs(run),
         costs=sections.costs(run),

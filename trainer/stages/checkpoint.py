@@ -36,6 +36,8 @@ from trainer.run_process import any_rank, from_all_ranks, from_rank_0, rank, wor
 PREFIX = "checkpoint-"
 WEIGHTS = "weights.safetensors"
 ABOUT = "checkpoint.json"
+NUMBER = "number:"
+"""Marks a state that the optimiser keeps as a Python number (bitsandbytes: its steps)."""
 
 
 class ResumableTrainer(Trainer):
@@ -215,7 +217,11 @@ def _optimiser_state(trainer: Trainer) -> dict[str, Tensor]:
     state = _real(trainer).state
     found: dict[str, Tensor] = {}
     for i, held in enumerate(_held(trainer)):
-        parts = {key: value for key, value in state.get(held, {}).items() if isinstance(value, Tensor)}
+        parts = {
+            key if isinstance(value, Tensor) else NUMBER + key: torch.as_tensor(value)
+            for key, value in state.get(held, {}).items()
+            if isinstance(value, (Tensor, int, float))
+        }
         if _zero(trainer) is not None:
             parts["master"] = held
         for key, value in parts.items():
@@ -235,6 +241,8 @@ def _load_optimiser_state(trainer: Trainer, found: dict[str, Tensor], path: Path
         local = target.to_local() if isinstance(target, DTensor) else target
         if key == "master":
             target.copy_(value)
+        elif key.startswith(NUMBER):
+            state[target][key.removeprefix(NUMBER)] = value.item()
         elif value.shape != local.shape:
             state[target][key] = value if value.ndim == 0 else value.to(local.device)
         elif isinstance(target, DTensor):

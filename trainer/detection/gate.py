@@ -1,0 +1,100 @@
+"""Fitting the gate of a steering: a linear probe on the last prompt token, on the data of detection.
+
+Shapes: P prompts, D hidden size, B prompts of a batch, S positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupKFold, cross_val_predict
+from transformers import PreTrainedTokenizerBase
+
+from data_prep.errors import UserError
+from trainer.chat import ChatTurn, batches, pad_id
+from trainer.console import progress
+from trainer.moe.backbone import Backbone
+from trainer.moe.steering_gate import Gate, last_hidden
+
+FOLDS = 3
+C = 1.0
+"""Inverse strength of the probe's L2 penalty, on standardised features."""
+
+
+def fit_gate(
+    backbone: Backbone,
+    tokenizer: PreTrainedTokenizerBase,
+    harmful: Sequence[tuple[str, str]],
+    harmless: Sequence[tuple[str, str]],
+    batch_size: int,
+) -> Gate:
+    """A gate that fires on harmful prompts. Each prompt comes as (group, text); a group never lies in two folds.
+
+    Logistic regression on standardised hidden states, classes weighing the same. The layer is the one whose held-out
+    balanced accuracy over three folds is best, the earliest of equals.
+
+    Raises:
+        UserError: fewer groups of one kind than folds.
+    """
+    for name, prompts in (("harmful", harmful), ("harmless", harmless)):
+        groups = len({group for group, _ in prompts})
+        if groups < FOLDS:
+            raise UserError(f"steer.gate: needs {FOLDS} {name} training prompts or more, found {groups}")
+    prompts = [*harmful, *harmless]
+    labels_P = np.array([1] * len(harmful) + [0] * len(harmless))
+    groups_P = np.unique([group for group, _ in prompts], return_inverse=True)[1]
+    features = hidden_states(backbone, tokenizer, [text for _, text in prompts], batch_size)
+    accuracy = {layer: _held_out(x_PD, labels_P, groups_P) for layer, x_PD in features.items()}
+    layer = max(accuracy, key=lambda index: (round(accuracy[index], 6), -index))
+    weight_D, bias = _fitted(features[layer], labels_P)
+    about: dict[str, object] = {
+        "held_out_balanced_accuracy": round(accuracy[layer], 4),
+        "by_layer": {str(index): round(value, 4) for index, value in accuracy.items()},
+        "harmful": len(harmful),
+        "harmless": len(harmless),
+    }
+    return Gate(layer, tuple(float(value) for value in weight_D), bias, about)
+
+
+def hidden_states(
+    backbone: Backbone, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], batch_size: int
+) -> dict[int, NDArray[np.float32]]:
+    """What every router reads at the last token of each prompt as a chat, [P, D] by decoder layer."""
+    turns = []
+    for prompt in prompts:
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+        )
+        turns.append(ChatTurn(list(ids), len(ids)))
+    layers = [layer.index for layer in backbone]
+    found: dict[int, list[NDArray[np.float32]]] = {index: [] for index in layers}
+    order: list[int] = []
+    backbone.model.eval()
+    for rows, batch in progress(list(batches(turns, pad_id(tokenizer), batch_size)), "gate: reading prompts"):
+        batch = batch.to(backbone.model.device)
+        inputs = {"input_ids": batch.input_ids_BS, "attention_mask": batch.attention_mask_BS}
+        for index, hidden_BD in last_hidden(backbone, layers, inputs, batch.attention_mask_BS).items():
+            found[index].append(hidden_BD.cpu().numpy())
+        order += rows
+    return {index: np.concatenate(parts)[np.argsort(order)] for index, parts in found.items()}
+
+
+def _fitted(x_PD: NDArray[np.float32], labels_P: NDArray[np.int64]) -> tuple[NDArray[np.float64], float]:
+    """Weights and bias on the raw features, standardisation folded in."""
+    mean_D, scale_D = x_PD.mean(0), x_PD.std(0) + 1e-6
+    probe = _probe().fit((x_PD - mean_D) / scale_D, labels_P)
+    weight_D = probe.coef_[0] / scale_D
+    return weight_D, float(probe.intercept_[0] - weight_D @ mean_D)
+
+
+def _held_out(x_PD: NDArray[np.float32], labels_P: NDArray[np.int64], groups_P: NDArray[np.int64]) -> float:
+    standard_PD = (x_PD - x_PD.mean(0)) / (x_PD.std(0) + 1e-6)
+    guessed_P = cross_val_predict(_probe(), standard_PD, labels_P, groups=groups_P, cv=GroupKFold(FOLDS))
+    return float(np.mean([(guessed_P[labels_P == label] == label).mean() for label in (0, 1)]))
+
+
+def _probe() -> LogisticRegression:
+    return LogisticRegression(C=C, class_weight="balanced", max_iter=1000)
