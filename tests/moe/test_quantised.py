@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -94,7 +94,7 @@ def test_experts_and_linear_layers_are_packed_and_nothing_else(family: str, kind
 def test_critical_experts_are_copies_of_the_unquantised_ones(kind: Kind) -> None:
     wanted, split = split_model("olmoe").state_dict(), packed("olmoe", kind)
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in split.state_dict().items())
-    experts = split.backbone.layer(0).experts
+    experts: Any = split.backbone.layer(0).experts
     assert not torch.equal(experts.down_proj[[1, 5]], experts.critical.down_proj), "packing loses something"
 
 
@@ -104,8 +104,8 @@ def test_critical_experts_are_copies_of_the_unquantised_ones(kind: Kind) -> None
 def test_training_is_that_of_a_model_with_the_rounded_weights(family: str, kind: Kind, lora_rank: int | None) -> None:
     quantised, plain = rounded(family, kind, lora_rank)
     torch.testing.assert_close(quantised.model(token_ids()).logits, plain.model(token_ids()).logits)
-    with quantised.original() as ours, plain.original() as theirs:
-        torch.testing.assert_close(ours.model(token_ids()).logits, theirs.model(token_ids()).logits)
+    with quantised.original() as rounded_base, plain.original() as base:
+        torch.testing.assert_close(rounded_base.model(token_ids()).logits, base.model(token_ids()).logits)
     frozen = {n: p.clone() for n, p in quantised.model.named_parameters() if n.endswith(".original")}
     quantised.model.gradient_checkpointing_enable({"use_reentrant": False})
     start = quantised.state_dict()
@@ -177,7 +177,7 @@ def test_the_checkpoint_holds_the_bases_own_bits_and_what_was_trained(
     if lora_rank is None:
         backbone = Backbone.of(repaired)
         for index, experts in split.expert_set.by_layer().items():
-            critical = split.backbone.layer(index).experts.critical
+            critical: Any = split.backbone.layer(index).experts.critical
             fused = backbone.layer(index).experts
             for name in expert_tensor_names(fused):
                 assert torch.equal(getattr(fused, name)[experts], critical.fused_weights(name))
@@ -212,18 +212,18 @@ def test_every_family_trains_packed_and_is_fused_into_its_own_bits(family: Famil
     assert all(torch.equal(before[name][rest], after[name][rest]) for name in moved if ".experts." in name)
 
 
-def _again(split: SplitModel) -> object:
-    return quantise(split.backbone, "8bit", CPU)
+def _again(split: SplitModel) -> None:
+    quantise(split.backbone, "8bit", CPU)
 
 
-def _as_base(split: SplitModel) -> object:
-    return fuse_into(split.backbone, split)
+def _as_base(split: SplitModel) -> None:
+    fuse_into(split.backbone, split)
 
 
 @pytest.mark.parametrize(
     ("act", "says"),
     [(_again, "quantised already"), (_as_base, "the base is quantised")],
 )
-def test_what_would_lose_weights_is_refused(act: Callable[[SplitModel], object], says: str) -> None:
+def test_what_would_lose_weights_is_refused(act: Callable[[SplitModel], None], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         act(packed("olmoe", "4bit"))

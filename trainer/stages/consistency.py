@@ -160,7 +160,8 @@ class RoutingConsistencyTrainer(ResumableTrainer):
         arguments_ = {"input_ids": batch.input_ids_BS, "attention_mask": batch.attention_mask_BS}
         if original:
             with self.trained.original() as backbone, record(backbone) as trace:
-                runs = model if backbone.model is self.trained.model else backbone.model
+                gathers = backbone.model is self.trained.model and is_sharded(backbone.model)
+                runs = model if gathers else backbone.model
                 runs(**arguments_, use_cache=False, logits_to_keep=1)
         else:
             with torch.set_grad_enabled(grad), record(self.trained.backbone, grad=grad) as trace:

@@ -244,8 +244,11 @@ class ExpertRepairTrainer(ResumableTrainer, SFTTrainer):
         return Reference(routing, logits_BSV)
 
     def _runs(self, wrapped: nn.Module, original: nn.Module) -> nn.Module:
-        """The engine's wrapper where the original shares the trained model's weights, else the separate copy."""
-        return wrapped if original is self.trained.model else original
+        """The engine's wrapper where only that can gather the original's weights, else the original itself.
+
+        DDP's wrapper would wait for the other processes, which may have no row to retain.
+        """
+        return wrapped if original is self.trained.model and is_sharded(original) else original
 
     def _log_flips(self, now: Trace, original: Trace, attention_mask_BS: Tensor) -> None:
         mask_T = attention_mask_BS.bool()

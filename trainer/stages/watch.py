@@ -58,6 +58,7 @@ def arguments(given: dict[str, Any], defaults: dict[str, Any], output_dir: Path,
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
         "ddp_find_unused_parameters": False,  # the split touches every parameter in every batch
+        "ddp_broadcast_buffers": False,  # buffers are constants
     }
     chosen = {**own, **defaults, **given}
     checkpointing = [chosen.pop(name, None) for name in (OLD_CHECKPOINTING, NEW_CHECKPOINTING)]

@@ -1,0 +1,84 @@
+"""A plan as a person reads it: parameters, memory per GPU by part and engine, a recommendation, steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from trainer.console import say, table
+from trainer.planning.engines import ENGINES, Memory
+from trainer.planning.plan import GB, Plan
+
+CARDS = (24.0, 48.0, 80.0, 141.0)
+"""Memory of common GPUs in GB, to answer for where there is none and none was named."""
+
+
+def show(plan: Plan) -> None:
+    """Print a plan."""
+    parts = plan.parts
+    shown = {
+        "embeddings": parts.embeddings,
+        "attention": parts.attention,
+        f"routed experts ({parts.routed_experts})": parts.experts,
+        "shared experts": parts.shared_experts,
+        "routers": parts.routers,
+        "dense MLPs": parts.dense_mlps,
+        "norms and other": parts.other,
+        "all": parts.total,
+        "passed by one token": parts.active,
+        f"critical experts ({parts.critical_experts})": parts.critical,
+        **{f"trained by {stage}": number for stage, number in parts.trainable.items()},
+    }
+    rows = [[name, f"{number / 1e6:,.1f} M", f"{number / parts.total:.1%}"] for name, number in shown.items()]
+    table(f"{plan.recipe.model.name_or_path}: parameters", ["part", "parameters", "of all"], rows)
+
+    sizes = [plan.gpu_memory_gb] if plan.gpu_memory_gb is not None else list(CARDS)
+    parts_shown = [name for name in Memory("", 0).parts() if any(_of(plan, name))]
+    columns = ["engine", "fullest stage", *parts_shown, "total", "with checkpointing", "host", *map(_fits, sizes)]
+    rows = []
+    for engine in ENGINES:
+        now, saving = plan.per_gpu(engine), plan.per_gpu(engine, True)
+        answers = [_answer(plan, engine, size) for size in sizes]
+        figures = [_gb(now.parts()[name]) for name in parts_shown]
+        figures += [_gb(now.total), _gb(saving.total), _gb(plan.host_memory(engine))]
+        rows.append([engine, now.stage, *figures, *answers])
+    where = f"{plan.gpus} GPU{'s' if plan.gpus > 1 else ''} a node, {plan.nodes} node{'s' if plan.nodes > 1 else ''}"
+    table(f"memory of one GPU in GB at the fullest stage, and of a node's host ({where})", columns, rows)
+
+    for size in sizes:
+        _recommend(plan, size)
+    for found in plan.steps():
+        tokens = f"{found.tokens / 1e6:.1f} M tokens"
+        say(f"{found.stage}: at most {found.rows} rows, {found.steps} optimiser steps, {tokens}")
+    for note in plan.notes:
+        say(f"note: {note}")
+
+
+def _recommend(plan: Plan, size: float) -> None:
+    chosen = plan.recommend(size)
+    if chosen is None:
+        say(f"{size:g} GB: no engine fits; what saves memory:")
+        for line in plan.advice(size):
+            say(f"  {line}")
+        return
+    more = (
+        " gradient_checkpointing=true in repair and consistency" if chosen.checkpointing > plan.checkpointing else ""
+    )
+    say(f"{size:g} GB: --engine {chosen.engine}{' with' if more else ''}{more}")
+
+
+def _of(plan: Plan, name: str) -> Iterable[int]:
+    return (plan.per_gpu(engine).parts()[name] for engine in ENGINES)
+
+
+def _fits(size: float) -> str:
+    return f"fits {size:g} GB"
+
+
+def _answer(plan: Plan, engine: str, size: float) -> str:
+    if plan.fits(engine, gpu_memory_gb=size):
+        return "yes"
+    return "checkpointing" if plan.fits(engine, True, size) else "no"
+
+
+def _gb(size: int) -> str:
+    return f"{size / GB:.1f}"
