@@ -1,4 +1,4 @@
-"""Fixtures of conftest.py: the embedded organism, trained once and kept in `.cache/organism` as `make demo` keeps it."""
+"""Fixtures of conftest.py: the embedded organism, trained once and kept where `make demo` keeps it."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -61,7 +61,7 @@ def load(section: ModelSection, device: torch.device | None = None) -> tuple[Pre
         tokenizer.pad_token = tokenizer.eos_token
     config = AutoConfig.from_pretrained(name, **common)
     dtype = section.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
-    model = _class_of(config, section.trust_remote_code).from_pretrained(
+    model = class_of(config, section.trust_remote_code).from_pretrained(
         name, config=config, dtype=dtype, use_safetensors=True, **_unpacked(name, config), **common
     )
     if section.quantization is not None:
@@ -81,7 +81,7 @@ def _refuse_pickles(name: str, revision: str | None) -> None:
         )
 
 
-def _class_of(config: Any, trust_remote_code: bool) -> Any:
+def class_of(config: Any, trust_remote_code: bool) -> Any:
     """The class that the checkpoint names: AutoModelForCausalLM would leave a vision tower behind."""
     if trust_remote_code and getattr(config, "auto_map", None):
         return AutoModelForCausalLM

@@ -20,7 +20,10 @@ NEW_TOKENS = 32
 
 
 def overhead(layers: int, hidden: int, experts: int, top_k: int, batch: int, steered: int, rounds: int = 11) -> float:
-    """Median over rounds of steered time / plain time for the same greedy generation, in processor time: other processes may run."""
+    """Steered over plain time of the same greedy generation, the median over rounds.
+
+    In processor time, because other processes may run.
+    """
     torch.manual_seed(0)
     config = OlmoeConfig(
         vocab_size=512,

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import logging
 
 from data_prep.errors import UserError
+from trainer.loading import class_of
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet, Member
 from trainer.moe.experts import FusedExperts, SplitModel
@@ -83,15 +84,19 @@ def dtype_of(section: ModelSection, config: PreTrainedConfig) -> torch.dtype:
 
 def skeleton(section: ModelSection, config: PreTrainedConfig) -> PreTrainedModel:
     """The model on the meta device, in the type that a run loads it in."""
+    named = class_of(config, section.trust_remote_code)
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                copy.deepcopy(config),
-                dtype=dtype_of(section, config),
-                trust_remote_code=section.trust_remote_code,
-            )
+            if named is AutoModelForCausalLM:
+                model: PreTrainedModel = named.from_config(
+                    copy.deepcopy(config),
+                    dtype=dtype_of(section, config),
+                    trust_remote_code=section.trust_remote_code,
+                )
+            else:
+                model = named._from_config(copy.deepcopy(config), dtype=dtype_of(section, config))
     finally:
         logging.set_verbosity(level)
     return model.eval()
