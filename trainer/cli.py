@@ -6,6 +6,7 @@ Everything heavy is imported inside a command, so that help and a typo answer at
 import contextlib
 import importlib
 import json
+import logging
 import os
 import sys
 import traceback
@@ -269,6 +270,8 @@ def _quiet() -> None:
     # Before the libraries are imported. Their warnings stay: "newly initialized weights" is one of them.
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Where bitsandbytes is installed it asks on some CPUs for `kernels`, which would fetch and run compiled code.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def _recipe(path: Path, overrides: Sequence[str] | None) -> "Recipe":

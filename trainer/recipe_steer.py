@@ -44,7 +44,7 @@ class SteerSection(BaseModel):
     )
     strength: Strength = Field(1.0, description="0: untouched, 1: the paper's forcing")
     gate: bool = Field(False, description="steer only where a probe on the last prompt token says harmful")
-    sweep: SweepSection = Field(default_factory=SweepSection)
+    sweep: SweepSection = Field(default_factory=SweepSection, description="other numbers and strengths to compare")
 
     @model_validator(mode="after")
     def _consistent(self) -> "SteerSection":

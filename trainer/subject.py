@@ -55,6 +55,7 @@ class Subject:
                 f"model.quantization: packed weights cannot be split over processes, found engine {engine().name}; "
                 "allowed: single, ddp, zero1, zero2"
             )
+        _refuse_optimisers(recipe)
         backbone, tokenizer = _whole(recipe)
         judge = RefusalJudge(recipe.evaluate.refusal_markers)
         suite = Suite(
@@ -108,6 +109,17 @@ class Subject:
             batch_size=self.recipe.evaluate.batch_size,
             label=label,
         )
+
+
+def _refuse_optimisers(recipe: Recipe) -> None:
+    """bitsandbytes' optimisers (0.50) step plain tensors; FSDP2 holds parameters as DTensors."""
+    for name, section in (("repair", recipe.repair), ("consistency", recipe.consistency)):
+        optim = str(section.trainer_args.get("optim", ""))
+        if engine().name == "fsdp2" and any(part in optim for part in ("8bit", "bnb", "paged")):
+            raise UserError(
+                f"{name}.optim: found {optim!r}, which cannot step parameters that fsdp2 splits; allowed: "
+                "adamw_torch, or another engine (single, ddp, zero1, zero2, zero3)"
+            )
 
 
 def _whole(recipe: Recipe) -> tuple[Backbone, PreTrainedTokenizerBase]:

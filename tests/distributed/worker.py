@@ -113,6 +113,12 @@ def case_accumulation(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
     return model, repair(model, folder, accumulation=2, gradient_checkpointing=True)
 
 
+def case_checkpointing(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
+    model = trained()
+    more = {"gradient_checkpointing": True}
+    return model, repair(model, folder, **more) + consistency(model, folder, **more)
+
+
 def case_bf16(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
     model = trained(dtype=torch.bfloat16)
     return model, repair(model, folder, RepairOptions(train_gates=True)) + consistency(model, folder)

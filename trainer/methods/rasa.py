@@ -176,7 +176,10 @@ def _write_detection(
 def alternate(subject: Subject, identified: Identified, run: Run) -> tuple[Training, Stage]:
     """Expert repair and routing consistency in turn; what was done before is taken up."""
     if subject.holds_parts:
-        subject = subject.reloaded()  # experts are split out of whole, unquantised tensors
+        whole = subject.reloaded()  # experts are split out of whole, unquantised tensors
+        if subject.recipe.model.quantization is not None:
+            subject.model.to("meta")  # the caller still holds it: packed weights would stay beside the new ones
+        subject = whole
     training = Training(subject, under_repair(subject, identified.experts), identified)
     last = identified.stage
     for number, (round_, kind) in enumerate(schedule(subject.recipe), start=1):

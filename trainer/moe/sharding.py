@@ -31,6 +31,11 @@ def is_sharded(model: nn.Module) -> bool:
     return any(is_partitioned(p) or isinstance(p, DTensor) for p in model.parameters())
 
 
+def partitions(model: nn.Module) -> bool:
+    """Whether ZeRO-3 holds the model."""
+    return any(is_partitioned(p) for p in model.parameters())
+
+
 def size(parameter: Tensor) -> int:
     """Number of elements of the whole parameter; of a quantised one, of the tensor that it packs."""
     return int(getattr(parameter, "ds_numel", getattr(parameter, "whole_numel", parameter.numel())))
@@ -70,7 +75,7 @@ def gathered(backbone: Backbone, module: nn.Module) -> Iterator[None]:
     """Hold the parameters of a module inside a decoder layer whole, to be read. Collective where it is sharded."""
     if not is_sharded(module):
         yield
-    elif any(is_partitioned(p) for p in module.parameters()):
+    elif partitions(module):
         from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters(list(module.parameters())):

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from trainer.chat import Batch, ChatTurn, encode, pad, pad_id
 from trainer.moe.routing import Trace, record
-from trainer.moe.sharding import is_sharded
+from trainer.moe.sharding import is_sharded, partitions
 from trainer.moe.trained import Trained
 from trainer.stages.checkpoint import ResumableTrainer
 from trainer.stages.watch import StageResult, arguments, configs_kept, stop_unless_finite, train
@@ -75,7 +75,7 @@ def make_routing_consistent(
     Raises:
         NonFiniteLossError: training diverged; the weights before the step are kept in `folder`.
     """
-    config = TrainingArguments(**arguments(trainer_args, DEFAULTS, folder, seed))
+    config = TrainingArguments(**arguments(trainer_args, DEFAULTS, folder, seed, partitions=partitions(trained.model)))
     trained.train_routers()
     with configs_kept(trained.model):
         trainer = RoutingConsistencyTrainer(trained, options, folder, tokenizer, config, _dataset(tokenizer, rows))

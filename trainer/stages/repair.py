@@ -24,7 +24,7 @@ from trl import SFTConfig, SFTTrainer
 from data_prep.errors import UserError
 from trainer.chat import ChatTurn, encode, pad, pad_id
 from trainer.moe.routing import Trace, flip_rate, pin, record
-from trainer.moe.sharding import is_sharded
+from trainer.moe.sharding import is_sharded, partitions
 from trainer.moe.trained import Trained
 from trainer.stages.checkpoint import ResumableTrainer
 from trainer.stages.watch import StageResult, arguments, configs_kept, stop_unless_finite, train
@@ -80,7 +80,7 @@ def repair_experts(
         NonFiniteLossError: training diverged; the weights before the step are kept in `folder`.
     """
     config = SFTConfig(
-        **arguments(trainer_args, DEFAULTS, folder, seed),
+        **arguments(trainer_args, DEFAULTS, folder, seed, partitions=partitions(trained.model)),
         # The load-balancing loss is on by default in MoE configs and would move routing behind our back.
         router_aux_loss_coef=0.0,
         dataset_kwargs={"skip_prepare_dataset": True},

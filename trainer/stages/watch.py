@@ -38,11 +38,13 @@ class StageResult:
     total_parameters: int
 
 
-def arguments(given: dict[str, Any], defaults: dict[str, Any], output_dir: Path, seed: int) -> dict[str, Any]:
+def arguments(
+    given: dict[str, Any], defaults: dict[str, Any], output_dir: Path, seed: int, *, partitions: bool = False
+) -> dict[str, Any]:
     """Keyword arguments for a trainer's arguments class: the recipe's over the stage's over the project's own.
 
     Checkpointing is ours (transformers' own resume does not restore fused experts, huggingface/transformers#48805),
-    and columns are kept because rows carry spans that no model signature names.
+    and columns are kept because rows carry spans that no model signature names. `partitions`: ZeRO-3 holds the model.
     """
     own: dict[str, Any] = {
         "output_dir": str(output_dir),
@@ -68,6 +70,10 @@ def arguments(given: dict[str, Any], defaults: dict[str, Any], output_dir: Path,
     if chosen[name]:
         # Reentrant checkpointing detaches what hooks capture: routing losses would carry no gradient.
         chosen[f"{name}_kwargs"] = {**(details[0] or {}), **(details[1] or {}), "use_reentrant": False}
+        if partitions:
+            # torch (2.13) saves a frozen parameter itself, which ZeRO-3 has emptied again when torch compares shapes
+            # after recomputing; it is gathered when its turn in the backward pass comes.
+            chosen[f"{name}_kwargs"]["determinism_check"] = "none"
     return chosen
 
 
