@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from data_prep.errors import UserError
@@ -82,15 +81,15 @@ def export_and_audit(
     audit_path, folder = run.dir / "audit.json", run.dir / "model"
     if not stage.done:
         vocabulary = subject.model.config.get_text_config().vocab_size
-        ids = torch.arange(8, device=subject.model.device).unsqueeze(0) % vocabulary
+        ids = torch.arange(8).unsqueeze(0) % vocabulary
         stock = _stock(subject, trained)
-        runs = stock if is_quantised(trained.model) else subject.model
-        with torch.no_grad():
-            logits = runs(input_ids=ids.to(runs.device), use_cache=False).logits
-        if is_main_process():
+        if stock is not None:
+            with torch.no_grad():
+                logits = stock(input_ids=ids, use_cache=False).logits
             save_checkpoint(stock, subject.tokenizer, folder, max_shard_size=subject.recipe.export.max_shard_size)
             base = local_folder(subject.recipe.model.name_or_path, subject.recipe.model.revision)
-            audit = audit_files(base, folder, expert_set) | _reload(subject, folder, logits, ids)
+            audit = audit_files(base, folder, expert_set)
+            audit |= reload_check(folder, logits, ids, dtype=stock.dtype, device=stock.device)
             atomic_write(audit_path, json.dumps(audit, indent=1))
             if audit["moved_outside"] and expert_set is not None:
                 moved = audit["moved_outside"][:5]
@@ -108,38 +107,29 @@ def export_and_audit(
     return found
 
 
-def _stock(subject: Subject, trained: Trained) -> PreTrainedModel:
-    """The repaired model without the split: itself, fused, or one put together from a sharded model's parts.
+def _stock(subject: Subject, trained: Trained) -> PreTrainedModel | None:
+    """The repaired model without the split, on rank 0; None on the others. Collective.
 
-    Of a sharded model rank 0 gathers one tensor after the other, so that it holds its shard and one whole copy; the
-    other ranks' result holds nothing. Beside a quantised model an unquantised copy is loaded on the CPU.
+    On the CPU, where a second copy fits beside it to be compared. The model itself, fused, where it is whole. Else a
+    fresh copy that takes over what was trained: all of a sharded model, one tensor after the other, so that rank 0
+    holds its shard and one whole copy; of a quantised one the trained parts alone.
     """
     if is_quantised(trained.model):
         assert isinstance(trained, SplitModel), "full fine-tuning of a quantised model is refused by the recipe"
         say("export: from the unquantised base; the figures above are those of the quantised model")
+        if not is_main_process():
+            return None
         return fuse_into(subject.reloaded().backbone, trained, subject.recipe.repair.lora_alpha)
     if not is_sharded(trained.model):
         trained.fuse()
-        return trained.model
-    state = {}
+        trained.model.cpu()
+        return trained.model if is_main_process() else None
+    stock = subject.reloaded().model if is_main_process() else None
+    held = stock.state_dict() if stock is not None else {}
     for name, tensor in trained.stock_state():
-        if is_main_process():
-            state[name] = tensor.cpu()
-    # FSDP2 put a class of its own in front.
-    stock_class = next(c for c in type(trained.model).__mro__ if not c.__name__.startswith("FSDP"))
-    with torch.device("meta"):
-        stock: PreTrainedModel = stock_class(trained.model.config)
-    stock.generation_config = trained.model.generation_config
-    if is_main_process():
-        stock.load_state_dict(state, assign=True)
+        if stock is not None:
+            held[name].copy_(tensor)
     return stock
-
-
-def _reload(subject: Subject, folder: Path, logits: Tensor, ids: Tensor) -> dict[str, Any]:
-    device = torch.device("cpu") if subject.engine.shards else logits.device
-    experts: Any = subject.backbone.layers[0].experts
-    dtype: torch.dtype = experts.down_proj.dtype
-    return reload_check(folder, logits, ids, dtype=dtype, device=device)
 
 
 def _write_patch(run: Run, base: Path, folder: Path, expert_set: ExpertSet) -> None:
