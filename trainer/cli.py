@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trainer import __version__, signals
-from trainer.console import say
+from trainer.console import is_main_process, say
 
 if TYPE_CHECKING:
     from trainer.recipe import Recipe
@@ -147,7 +147,8 @@ def evaluate(
     with contextlib.redirect_stdout(sys.stderr):
         subject = Subject.of(loaded.model_copy(update={"model": model}))
         measured = subject.suite.measure(subject.model, subject.tokenizer, label="evaluate")
-    print(json.dumps(measured.metrics, indent=2))
+    if is_main_process():
+        print(json.dumps(measured.metrics, indent=2))
 
 
 @app.command()

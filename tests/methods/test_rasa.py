@@ -187,6 +187,14 @@ def test_every_variant_runs_to_its_report(small: Small, tmp_path: Path, changes:
     assert audit["untouched_identical"] in (True, None)
 
 
+def test_steering_is_measured_beside_the_repair_when_asked(small: Small, tmp_path: Path) -> None:
+    run("run", small(evaluate__steering_baseline=True), "steer.n_pos=0", "steer.n_neg=4")
+    folder = tmp_path / "runs" / "small"
+    diagnostics = json.loads((folder / "evaluation.json").read_text())["diagnostics"]
+    assert {"asr_seen", "asr_unseen", "over_refusal", "benign_compliance"} <= diagnostics["steering_baseline"].keys()
+    assert "SteerMoE" in (folder / "report.html").read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_other_seeds_reach_the_targets_too(seed: int, root: Path, tmp_path: Path) -> None:
