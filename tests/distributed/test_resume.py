@@ -36,7 +36,6 @@ POINTS = {
 }
 FAST = {
     ("single", "after a checkpoint"),
-    ("zero2", "after a checkpoint"),
     ("zero3", "in the consistency stage"),
 }
 MATRIX = [

@@ -45,7 +45,7 @@ def near(found: dict[str, Any]) -> None:
     assert abs(found["planned_mib"] / found["measured_mib"] - 1) <= WITHIN, found
 
 
-@pytest.mark.parametrize("case", ["full", "lora"])
+@pytest.mark.parametrize("case", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_one_process_holds_what_was_planned(case: str) -> None:
     (found,) = measured([sys.executable], [case])
     assert found["engine"] == "single"
