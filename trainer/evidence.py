@@ -89,7 +89,9 @@ def export_and_audit(
             save_checkpoint(stock, subject.tokenizer, folder, max_shard_size=subject.recipe.export.max_shard_size)
             base = local_folder(subject.recipe.model.name_or_path, subject.recipe.model.revision)
             audit = audit_files(base, folder, expert_set)
-            audit |= reload_check(folder, logits, ids, dtype=stock.dtype, device=stock.device)
+            dtype = stock.dtype
+            del stock  # of a sharded model the one whole copy: what is read back takes its place
+            audit |= reload_check(folder, logits, ids, dtype=dtype, device=torch.device("cpu"))
             atomic_write(audit_path, json.dumps(audit, indent=1))
             if audit["moved_outside"] and expert_set is not None:
                 moved = audit["moved_outside"][:5]
