@@ -61,9 +61,7 @@ def diagnose(
             "topk_flip_rate": sum(layer["flip_rate"] for layer in drift) / len(drift),
             "drift_per_layer": drift,
         }
-        if is_main_process():
-            atomic_write(path, json.dumps(found, indent=1))
-        stage.finish([path])
+        stage.finish_json(path, found)
     diagnostics: dict[str, Any] = json.loads(path.read_text())
     return diagnostics
 
@@ -170,9 +168,7 @@ def random_control(
         metrics = control.suite.measure_asr(
             control.model, subject.tokenizer, ("seen", "unseen"), label="random control"
         )
-        if is_main_process():
-            atomic_write(path, json.dumps(metrics, indent=1))
-        stage.finish([path])
+        stage.finish_json(path, metrics)
     found: dict[str, Any] = json.loads(path.read_text())
     return found
 

@@ -13,6 +13,7 @@ process calls `stage` and `finish` in the same order.
 """
 
 import contextlib
+import json
 import platform
 import shutil
 import time
@@ -119,6 +120,12 @@ class Stage:
         self.record = from_rank_0(finished)
         self.run.manifest.stages[self.name] = self.record
         self.done = True
+
+    def finish_json(self, path: Path, result: Any) -> None:
+        """Keep `result` as JSON, the stage's one output, and record the stage as finished."""
+        if is_main_process():
+            atomic_write(path, json.dumps(result, indent=1))
+        self.finish([path])
 
 
 class Run:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from data_prep.errors import UserError
 from data_prep.schema import Split
 from trainer.chat import batches, encode, pad_id
-from trainer.console import is_main_process, say
+from trainer.console import say
 from trainer.detection import contrasts
 from trainer.detection.gate import fit_gate
 from trainer.detection.pairs import PairReport, build_pairs
@@ -35,7 +35,6 @@ from trainer.moe.routing import flip_rate, record
 from trainer.moe.steering import Steering, applied, steer
 from trainer.moe.steering_gate import Gate
 from trainer.run import Run, Stage
-from trainer.run_files import atomic_write
 from trainer.subject import Subject
 
 RANDOM_DRAWS = 3
@@ -230,9 +229,7 @@ def controls(run: Run, subject: Subject, ranking: Ranking, how: Steering, after:
             "random_draws": [found[f"random {i}"] for i in range(RANDOM_DRAWS)],
             "bottom_control": found["bottom"],
         }
-        if is_main_process():
-            atomic_write(path, json.dumps(result, indent=1))
-        stage.finish([path])
+        stage.finish_json(path, result)
     metrics: dict[str, Any] = json.loads(path.read_text())
     return metrics
 
@@ -261,9 +258,7 @@ def sweep(
                     found.append({**setting, "gated": gated, "impossible": str(error)})
                     continue
                 found.append({**setting, "gated": gated, "metrics": metrics, "perplexity": fluency})
-        if is_main_process():
-            atomic_write(path, json.dumps(found, indent=1))
-        stage.finish([path])
+        stage.finish_json(path, found)
     rows: list[dict[str, Any]] = json.loads(path.read_text())
     return rows
 
@@ -291,9 +286,7 @@ def steering_baseline(run: Run, subject: Subject, after: Sequence[Stage] = ()) -
         selection = selected(subject, ranking, section.n_pos, section.n_neg)
         with steering(subject, selection.steering(section.strength)):
             metrics = subject.suite.measure(subject.model, subject.tokenizer, label="steering baseline").metrics
-        if is_main_process():
-            atomic_write(path, json.dumps(metrics, indent=1))
-        stage.finish([path])
+        stage.finish_json(path, metrics)
     found: dict[str, Any] = json.loads(path.read_text())
     return found
 

@@ -106,6 +106,18 @@ def test_another_number_of_processes_is_refused(tmp_path: Path, monkeypatch: pyt
         run(split(), tmp_path, "repair")
 
 
+def test_states_in_the_parts_of_another_engine_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO-2, ZeRO-3 and FSDP2 name their files alike and cut the states differently."""
+    with monkeypatch.context() as patch:
+        killed_after(3, patch)
+        with pytest.raises(Killed):
+            run(split(), tmp_path, "repair")
+    about = tmp_path / "checkpoint-2" / checkpoint.ABOUT
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"kept_by": "zero2"}))
+    with pytest.raises(ValueError, match="those of zero2, found single or ddp; go on with zero2, or remove"):
+        run(split(), tmp_path, "repair")
+
+
 def test_a_full_disk_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save, calls = checkpoint.save_tensors, 0
 

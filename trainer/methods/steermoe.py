@@ -183,9 +183,7 @@ def diagnose(run: Run, subject: Subject, steered: Steered, after: list[Stage]) -
                 },
             },
         }
-        if is_main_process():
-            atomic_write(path, json.dumps(found, indent=1))
-        stage.finish([path])
+        stage.finish_json(path, found)
     diagnostics: dict[str, Any] = json.loads(path.read_text())
     return diagnostics
 

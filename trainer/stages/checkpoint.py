@@ -92,7 +92,7 @@ def resumable(folder: Path, inputs: str) -> Path | None:
     """The checkpoint to go on from; one of other inputs is removed. The same answer on every rank.
 
     Raises:
-        UserError: the checkpoint was made by another engine or number of processes, which split it differently.
+        UserError: the checkpoint was made by another number of processes, which split it differently.
     """
     path = from_rank_0(latest(folder))
     if path is None:
@@ -133,6 +133,7 @@ def save(trainer: ResumableTrainer) -> None:
             about = {
                 "inputs": trainer.inputs,
                 "processes": world_size(),
+                "kept_by": _kept_by(trainer),
                 "scheduler": trainer.lr_scheduler.state_dict() if trainer.lr_scheduler else None,
                 "rng": rngs,
             }
@@ -159,14 +160,16 @@ def restore(trainer: ResumableTrainer, path: Path) -> None:
     """Put back weights, optimiser and scheduler, after the engine has wrapped them. Collective.
 
     Raises:
-        UserError: the optimiser's states do not fit this engine.
+        UserError: another engine kept the optimiser's states, in parts of its own.
     """
     about = json.loads((path / ABOUT).read_text())
+    if about["kept_by"] != _kept_by(trainer):
+        raise UserError(
+            f"{path}: optimiser states are those of {about['kept_by']}, found {_kept_by(trainer)}; go on with "
+            f"{about['kept_by']}, or remove {path} to train this stage from its start"
+        )
     trainer.trained.load_state_dict(load_file(path / WEIGHTS))
-    file = path / _optimiser_file(trainer)
-    if any_rank(not file.exists()):
-        raise UserError(f"{path}: was saved under another engine; go on with that one, or remove {path}")
-    _load_optimiser_state(trainer, load_file(file), path)
+    _load_optimiser_state(trainer, load_file(path / _optimiser_file(trainer)), path)
     if trainer.lr_scheduler is not None:
         trainer.lr_scheduler.load_state_dict(about["scheduler"])
         for group, rate in zip(trainer.optimizer.param_groups, about["scheduler"]["_last_lr"], strict=True):
@@ -176,16 +179,23 @@ def restore(trainer: ResumableTrainer, path: Path) -> None:
 # --- the optimiser's states, where the engine keeps them -------------------------------------------
 
 
-def _optimiser_file(trainer: Trainer) -> str:
-    return f"optimizer-{rank() if _splits_optimiser(trainer) else 0}-of-{_parts(trainer)}.safetensors"
+WHOLE = "single or ddp"
 
 
-def _parts(trainer: Trainer) -> int:
-    return world_size() if _splits_optimiser(trainer) else 1
+def _kept_by(trainer: Trainer) -> str:
+    """The engine whose parts the optimiser's states lie in; single and DDP keep the same, whole ones."""
+    if trainer.is_deepspeed_enabled:
+        return f"zero{trainer.model_wrapped.zero_optimization_stage()}"
+    return "fsdp2" if any(isinstance(p, DTensor) for p in _held(trainer)) else WHOLE
 
 
 def _splits_optimiser(trainer: Trainer) -> bool:
-    return _zero(trainer) is not None or any(isinstance(p, DTensor) for p in _held(trainer))
+    return _kept_by(trainer) != WHOLE
+
+
+def _optimiser_file(trainer: Trainer) -> str:
+    part, parts = (rank(), world_size()) if _splits_optimiser(trainer) else (0, 1)
+    return f"optimizer-{part}-of-{parts}.safetensors"
 
 
 def _zero(trainer: Trainer) -> Any | None:
