@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -32,7 +31,7 @@ from data_prep.errors import UserError
 from trainer.checkpoint_files import INDEX, SINGLE, CheckpointFiles, bits
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet
-from trainer.run_files import tensor_errors_as_oserror
+from trainer.run_files import tensor_errors_as_oserror, write_tensors
 
 RELOAD_TOLERANCE = 1e-3
 """Largest difference of logits between the model in memory and the one read back from disk."""
@@ -95,7 +94,7 @@ def _write_weights(model: PreTrainedModel, state: dict[str, Tensor], folder: Pat
             file = plan.tensor_to_filename[name]
             waiting[file][name] = tensor.contiguous()
             if len(waiting[file]) == len(plan.filename_to_tensors[file]):
-                save_file(waiting.pop(file), folder / file, metadata={"format": "pt"})
+                write_tensors(folder / file, waiting.pop(file), {"format": "pt"})
     assert not waiting, "every planned tensor is made by some layer"
     if plan.is_sharded:
         metadata = {"total_parameters": model.num_parameters(), **plan.metadata}

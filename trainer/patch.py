@@ -17,14 +17,20 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from data_prep.errors import UserError
 from trainer.checkpoint_files import INDEX, WEIGHTS, CheckpointFiles, bits, digest, is_weight_file, local_folder
 from trainer.moe.expert_set import ExpertSet
 from trainer.portable import portable
-from trainer.run_files import atomic_write, save_tensors, sha256, sha256_text, tensor_errors_as_oserror
+from trainer.run_files import (
+    atomic_write,
+    save_tensors,
+    sha256,
+    sha256_text,
+    tensor_errors_as_oserror,
+    write_tensors,
+)
 
 FORMAT = "routealign-patch-1"
 TENSORS, ABOUT = "patch.safetensors", "patch.json"
@@ -256,7 +262,7 @@ def apply_patch(base: str, patch: Path, out: Path, revision: str | None = None) 
                 if name not in about.tensors:
                     untouched.add(name, tensors[name])
             with tensor_errors_as_oserror(out / file):
-                save_file(tensors, partial / file, metadata=layout.metadata)
+                write_tensors(partial / file, tensors, layout.metadata)
             del tensors
         if untouched.hash() != about.untouched:
             raise UserError(f"{folder}: not the base of this patch: tensors that it does not touch differ")

@@ -55,7 +55,18 @@ def tensor_errors_as_oserror(path: Path) -> Iterator[None]:
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file as a whole or leave what was there. `OSError` names the file."""
     with replacing(path) as temporary, tensor_errors_as_oserror(path):
-        save_file(tensors, temporary)
+        write_tensors(temporary, tensors)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that others may read as they may read any new file.
+
+    safetensors 0.8 gives every file mode 0600 (safetensors/safetensors#782); plain `save_file` when it is mended.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
 
 
 def sha256(path: Path) -> str:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from data_prep.errors import UserError
 from trainer.recipe import Recipe
 from trainer.run import Run, model_of
-from trainer.run_files import atomic_write, replacing
+from trainer.run_files import atomic_write, replacing, save_tensors, write_tensors
 
 Load = Callable[..., Recipe]
 
@@ -274,6 +275,14 @@ def test_a_full_disk_leaves_what_was_there(opened: Run, monkeypatch: pytest.Monk
     assert (opened.dir / "manifest.json").read_bytes() == before
     assert not list(opened.dir.glob(".*.tmp"))
     assert not work(opened)
+
+
+def test_weights_may_be_read_by_those_who_may_read_any_new_file(tmp_path: Path) -> None:
+    """safetensors 0.8 would keep everyone else out, whatever the umask says."""
+    (tmp_path / "any.json").write_text("{}")
+    save_tensors(tmp_path / "weights.safetensors", {"a": torch.zeros(2)})
+    write_tensors(tmp_path / "shard.safetensors", {"a": torch.zeros(2)}, {"format": "pt"})
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
 
 
 def test_replacing_is_all_or_nothing(tmp_path: Path) -> None:
