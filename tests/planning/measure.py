@@ -1,8 +1,9 @@
 """Peak memory of a real repair stage beside the planned one: `python -m tests.planning.measure CASE ...`.
 
 Under a launcher every rank prints its line; see docs/planning.md. A case is words joined by "+": `full`, `lora`,
-`gates`, `ckpt` (checkpointing), `kl`, `bf16`, `whole` (full fine-tuning), `accumulate`. The model is random, of real
-classes, about 460 MB in fp32; a tiny stage runs first so that libraries are loaded before the baseline is read.
+`gates`, `ckpt` (checkpointing), `kl`, `bf16`, `whole` (full fine-tuning), `accumulate`, `onednn` (leave it on). The
+model is random, of real classes, about 460 MB in fp32; a tiny stage runs first so that libraries are loaded before the
+baseline is read.
 """
 
 from __future__ import annotations
@@ -97,6 +98,9 @@ def resident() -> int:
 
 def run(name: str) -> dict[str, Any]:
     case = set(name.split("+"))
+    # oneDNN keeps a compiled kernel for every shape of a bf16 product, and rows per expert are never the same twice:
+    # hundreds of MiB that no tensor holds and no GPU has.
+    torch.backends.mkldnn.set_flags("onednn" in case)
     made = recipe(case)
     dtype = getattr(torch, made.model.dtype)
     stage(held(case, tiny_model("qwen3_moe", dtype=dtype), made), made, 16)

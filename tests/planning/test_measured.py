@@ -23,6 +23,9 @@ DEEPSPEED = {
 FSDP2 = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 WITHIN = 0.15
 
+FP32 = ("lora", "full+ckpt", "full+kl", "whole", "full+accumulate", "lora+gates")
+BF16 = ("lora+bf16", "full+ckpt+bf16", "full+kl+bf16", "whole+bf16", "full+accumulate+bf16", "lora+gates+bf16")
+
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from /proc")
 
 
@@ -45,7 +48,7 @@ def near(found: dict[str, Any]) -> None:
     assert abs(found["planned_mib"] / found["measured_mib"] - 1) <= WITHIN, found
 
 
-@pytest.mark.parametrize("case", ["full", pytest.param("lora", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", ["full", pytest.param("full+bf16", marks=pytest.mark.slow)])
 def test_one_process_holds_what_was_planned(case: str) -> None:
     (found,) = measured([sys.executable], [case])
     assert found["engine"] == "single"
@@ -53,18 +56,19 @@ def test_one_process_holds_what_was_planned(case: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["full+ckpt", "full+kl", "whole", "full+accumulate", "lora+gates"])
+@pytest.mark.parametrize("case", [*FP32, *BF16])
 def test_one_process_holds_what_was_planned_in_other_settings(case: str) -> None:
     (found,) = measured([sys.executable], [case])
     near(found)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", ["full", "full+bf16"])
 @pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
-def test_each_of_two_processes_holds_what_was_planned(engine: str) -> None:
+def test_each_of_two_processes_holds_what_was_planned(engine: str, case: str) -> None:
     config = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": f"ds_configs/{engine}.json"}
     environment = {"ddp": {"ACCELERATE_USE_CPU": "true"}, "fsdp2": FSDP2}.get(engine, DEEPSPEED | config)
-    found = measured(LAUNCHER, ["full"], **environment)
+    found = measured(LAUNCHER, [case], **environment)
     assert [one["engine"] for one in found] == [engine] * 2
     for one in found:
         near(one)

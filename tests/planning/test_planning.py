@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig, Qwen3MoeConfig
 
 from data_prep.errors import UserError
+from tests.moe.families import FAMILIES as MOE_FAMILIES
 from tests.planning.measure import recipe as small_recipe
 from tests.tiny import FAMILIES, tiny_model
 from trainer import cli
@@ -98,6 +99,20 @@ def test_trainable_parameters_are_those_of_the_real_stages(case: str) -> None:
     trained.train_experts(routers=made.repair.train_gates)
     planned = plan(made, tiny_model().config, gpus=1)
     assert planned.parts.trainable["repair"] == parameter_counts(backbone.model)[0]
+
+
+def test_shared_experts_of_the_edit_are_planned_like_the_real_ones() -> None:
+    made = changed(small_recipe({"full"}), detect={"top_k": 5, "shared_experts": True})
+    model = next(family for family in MOE_FAMILIES if family.model_type == "qwen2_moe").build()
+    backbone, without = Backbone.of(model), changed(made, detect={"shared_experts": False})
+    shared = sum(p.numel() for layer in backbone.shared_parameters().values() for p in layer.values())
+    trained = under_repair(made, backbone, critical_counts(made, backbone))
+    trained.train_experts()
+    planned = plan(made, model.config, gpus=1)
+    assert planned.parts.trainable["repair"] == parameter_counts(model)[0]
+    former = plan(without, model.config, gpus=1)
+    assert planned.parts.trainable["repair"] == former.parts.trainable["repair"] + shared
+    assert planned._held["repair"].twins == former._held["repair"].twins + 4 * shared
 
 
 def test_what_the_stages_set_by_themselves_is_known() -> None:
@@ -243,6 +258,7 @@ def test_errors_are_one_line(
         "model.name_or_path=nobody/not-there": "model.name_or_path: no configuration of 'nobody/not-there'",
         "repair.max_length=null": "repair.max_length: found null",
         "detect.top_k=1000": "detect.top_k: 1000 selects",
+        "detect.shared_experts=true": "detect.shared_experts: found true, but olmoe has no shared experts",
     }
     for given_, message in cases.items():
         assert command(str(recipe_file), given_) == 2
