@@ -209,6 +209,8 @@ def print_summary(evaluation: dict[str, Any], recipe: Recipe) -> None:
             "",
         ]
     )
+    if diagnostics.get("shared_experts_changed"):
+        rows.append(["shared_experts_changed", "", str(diagnostics["shared_experts_changed"]), ""])
     rows.append(["untouched_identical", "", str(diagnostics["untouched_identical"]), ""])
     table(f"{recipe.run.name}: {recipe.model.name_or_path}", ["figure", "before", "after", "n"], rows)
 

@@ -124,9 +124,9 @@ def audit_files(base: Path, folder: Path, expert_set: ExpertSet | None) -> dict[
     Returns:
         `untouched_identical`: every tensor outside the set and the routers is bit-equal to the base (None for full
         fine-tuning); `moved_outside` names the ones that are not. `experts_changed` of `experts_total`,
-        `gate_weights_changed` (share). `compared`: "files" or "models". `base_cast_to`: the type the base was cast to
-        first, where it is stored in another one than the export. `not_exported`: tensors of the base that its model
-        class does not load or that repeat a tied weight.
+        `shared_experts_changed` (number), `gate_weights_changed` (share). `compared`: "files" or "models".
+        `base_cast_to`: the type the base was cast to first, where it is stored in another one than the export.
+        `not_exported`: tensors of the base that its model class does not load or that repeat a tied weight.
 
     Raises:
         UserError: a folder that holds no readable safetensors checkpoint.
@@ -168,6 +168,7 @@ class _Moved:
     expert_set: ExpertSet | None
     outside: list[str] = field(default_factory=list)
     experts: set[tuple[int, int]] = field(default_factory=set)
+    shared: set[int] = field(default_factory=set)
     gates: int = 0
     gates_changed: int = 0
     cast_to: set[str] = field(default_factory=set)
@@ -191,8 +192,12 @@ class _Moved:
             self.experts |= set(changed)
             if self.expert_set is not None and not set(changed) <= self.expert_set.pairs:
                 self.outside.append(name)
-        elif differs.any() and self.expert_set is not None:
-            self.outside.append(name)
+        elif differs.any():
+            layer_of_shared = where.shared.get(name)
+            if layer_of_shared is not None:
+                self.shared.add(layer_of_shared)
+            if self.expert_set is not None and layer_of_shared not in self.expert_set.shared:
+                self.outside.append(name)
 
     def summary(self, total: int, compared: str) -> dict[str, Any]:
         return {
@@ -200,6 +205,7 @@ class _Moved:
             "moved_outside": sorted(self.outside),
             "experts_changed": len(self.experts),
             "experts_total": total,
+            "shared_experts_changed": len(self.shared),
             "gate_weights_changed": self.gates_changed / self.gates,
             "compared": compared,
             "base_cast_to": ", ".join(sorted(self.cast_to)) or None,
@@ -213,7 +219,8 @@ class _Places:
     """Where the tensors of a checkpoint go in its model, by transformers' own rules for loading it.
 
     `experts`: tensor name -> (layer, expert), the expert None where all of a layer are stacked in dimension 0.
-    `routers`: names of the routers' parameters. `targets`: tensor name -> parameter or buffer of the model.
+    `routers`: names of the routers' parameters. `shared`: tensor name -> layer of a shared expert. `targets`: tensor
+    name -> parameter or buffer of the model.
     """
 
     def __init__(self, model: PreTrainedModel, names: Iterable[str], converted: bool = False) -> None:
@@ -224,6 +231,8 @@ class _Places:
         found = {name: (name, None) for name in names} if converted else _targets(model, names)
         self.targets = {name: target for name, (target, _) in found.items()}
         self.routers = {name for name, target in self.targets.items() if target in backbone.router_parameters()}
+        layer_of = {name: i for i, parameters in backbone.shared_parameters().items() for name in parameters}
+        self.shared = {name: layer_of[target] for name, target in self.targets.items() if target in layer_of}
         self.experts: dict[str, tuple[int, int | None]] = {}
         count, position = Counter(found.values()), Counter[tuple[str, str | None]]()
         # Experts are stacked in the natural order of their names.

@@ -10,7 +10,7 @@ from trainer.console import say, table
 from trainer.loading import load
 from trainer.moe.backbone import Backbone
 from trainer.moe.sharding import size
-from trainer.recipe import ModelSection, Recipe
+from trainer.recipe import ModelSection, Recipe, check_shared_experts
 
 
 def describe(model_name: str, revision: str | None = None, dtype: str = "auto") -> dict[str, Any]:
@@ -38,6 +38,7 @@ def description(model: PreTrainedModel, backbone: Backbone) -> dict[str, Any]:
         "expert_parameters": experts,
         "router_parameters": sum(p.numel() for p in backbone.router_parameters().values()),
         "parameters_per_expert": experts // backbone.total_experts,
+        "shared_expert_parameters": sum(size(p) for ps in backbone.shared_parameters().values() for p in ps.values()),
         "layers": [
             {
                 "layer": layer.index,
@@ -56,10 +57,18 @@ def description(model: PreTrainedModel, backbone: Backbone) -> dict[str, Any]:
 
 
 def would_train(found: dict[str, Any], recipe: Recipe) -> dict[str, int]:
-    """How many experts and parameters a recipe would train on a described model."""
+    """How many experts and parameters a recipe would train on a described model; shared experts of all layers.
+
+    Raises:
+        UserError: the recipe asks for shared experts, which the model does not have.
+    """
     top_k, total = recipe.detect.top_k, found["routed_experts"]
     experts = total if recipe.repair.scope == "full" else round(top_k * total) if isinstance(top_k, float) else top_k
     trained = found["parameters"] if recipe.repair.scope == "full" else experts * found["parameters_per_expert"]
+    layers = [layer["layer"] for layer in found["layers"] if layer["shared_expert"]]
+    check_shared_experts(recipe, found["model_type"], layers)
+    if recipe.detect.shared_experts and recipe.repair.scope == "experts":
+        trained += found["shared_expert_parameters"]
     return {"experts": experts, "of_experts": total, "parameters": trained, "of_parameters": found["parameters"]}
 
 

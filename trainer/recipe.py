@@ -7,7 +7,7 @@ recipe's own folder: recipes are run from the root of a checkout.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -80,6 +80,9 @@ class DetectSection(Section):
         0.125, description="number of experts, or share of all routed experts (0 < share < 1)"
     )
     per_layer_cap: Count | None = Field(None, description="most experts chosen in one layer")
+    shared_experts: bool = Field(
+        False, description="true: the shared expert of every layer with a critical expert joins the set"
+    )
     selection: Literal["critical", "random"] = Field(
         "critical", description="random: the control set, matched in number and layer"
     )
@@ -256,6 +259,15 @@ def check_quantised(recipe: Recipe) -> None:
                 f"{name}.gradient_checkpointing",
                 "expected true under model.quantization: the backward pass would wait with every layer dequantised",
             )
+
+
+def check_shared_experts(recipe: Recipe, model_type: str, layers: Collection[int]) -> None:
+    """Refuse an edit of shared experts on a model that has none; `layers` are those that have one.
+
+    `UserError` names the key and the model's type.
+    """
+    if recipe.detect.shared_experts and not layers:
+        raise UserError(f"detect.shared_experts: found true, but {model_type} has no shared experts; allowed: false")
 
 
 def _at(tree: dict[str, Any], name: str) -> Any:

@@ -20,7 +20,7 @@ from trainer.evaluation.suite import Suite
 from trainer.loading import load
 from trainer.moe.backbone import Backbone
 from trainer.moe.quantised import quantise
-from trainer.recipe import Recipe
+from trainer.recipe import Recipe, check_shared_experts
 from trainer.run_files import sha256, sha256_text
 
 HASHED_WHOLE = 256 * 2**20
@@ -57,6 +57,7 @@ class Subject:
             )
         _refuse_optimisers(recipe)
         backbone, tokenizer = _whole(recipe)
+        check_shared_experts(recipe, backbone.model.config.model_type, backbone.shared_parameters())
         judge = RefusalJudge(recipe.evaluate.refusal_markers)
         suite = Suite(
             corpus,

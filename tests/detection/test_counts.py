@@ -7,11 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.schema import Prompt, Wrapper
+from tests.moe.families import FAMILIES as MOE_FAMILIES
 from tests.tiny import FAMILIES, NUM_LAYERS, TOP_K, tiny_model, tiny_tokenizer
 from trainer.chat import encode, pad
 from trainer.detection.counts import count_activations, per_sequence
 from trainer.detection.pairs import Pair
-from trainer.detection.saliency import gradient_saliency
+from trainer.detection.saliency import gradient_saliency, refusal_loss
 from trainer.detection.scores import score, stability
 from trainer.moe.backbone import Backbone
 from trainer.moe.routing import record
@@ -143,8 +144,8 @@ def test_stability_is_a_share_per_expert_that_sums_to_k() -> None:
 def test_saliency_is_the_squared_gradient_of_the_refusal_after_the_jailbreak(family: str) -> None:
     model, tokenizer = tiny_model(family), tiny_tokenizer()
     backbone = Backbone.of(model).check()
-    found = gradient_saliency(backbone, tokenizer, PAIRS, batch_size=5)
-    assert found.shape == (1, NUM_LAYERS, 8)
+    found, shared = gradient_saliency(backbone, tokenizer, PAIRS, batch_size=5)
+    assert found.shape == (1, NUM_LAYERS, 8) and not shared.any()
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
 
     down = model.model.layers[1].mlp.experts.down_proj.requires_grad_(True)
@@ -160,3 +161,18 @@ def test_saliency_is_the_squared_gradient_of_the_refusal_after_the_jailbreak(fam
     down_only = down.grad.double().flatten(1).square().sum(1).numpy()
     assert (found[0, 1] >= down_only * 0.999).all()
     assert (found[0, 1] > 0).any()
+
+
+def test_saliency_sees_the_shared_experts_that_counts_cannot() -> None:
+    model, tokenizer = next(f for f in MOE_FAMILIES if f.model_type == "deepseek_v2").build(), tiny_tokenizer()
+    backbone = Backbone.of(model).check()
+    _, shared_ML = gradient_saliency(backbone, tokenizer, PAIRS, batch_size=5)
+    shared = backbone.layers[1].shared
+    assert shared is not None and shared_ML.shape == (1, 2)
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+
+    shared.requires_grad_(True)
+    batch = pad([encode(tokenizer, p.adversarial_prompt, p.anchor_reply) for p in PAIRS], 0)
+    refusal_loss(backbone, batch).backward()
+    expected = sum(p.grad.double().square().sum().item() for p in shared.parameters() if p.grad is not None)
+    assert shared_ML[0, 1] == pytest.approx(expected, rel=1e-5) and expected > 0

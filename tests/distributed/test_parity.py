@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.distributed.launching import start
 
-CASES = ["inference", "full", "lora", "gates", "accumulation", "checkpointing", "bf16"]
+CASES = ["inference", "full", "lora", "gates", "accumulation", "checkpointing", "bf16", "shared", "shared_bf16"]
 FAST = ["zero3", "fsdp2"]
 SLOW = ["ddp", "zero1", "zero2", "zero3-offload"]
 ALL = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
@@ -50,7 +50,7 @@ def read(folder: Path, name: str) -> Any:
 
 
 @pytest.mark.parametrize("engine", ALL)
-@pytest.mark.parametrize("case", ["full", "lora", "gates", "accumulation", "checkpointing"])
+@pytest.mark.parametrize("case", ["full", "lora", "gates", "accumulation", "checkpointing", "shared"])
 def test_losses_and_weights_equal_those_of_one_process(ran: Ran, engine: str, case: str) -> None:
     alone, together = ran("single"), ran(engine)
     losses, expected = read(together, f"{case}-0")["losses"], read(alone, f"{case}-0")["losses"]
@@ -61,8 +61,9 @@ def test_losses_and_weights_equal_those_of_one_process(ran: Ran, engine: str, ca
 
 
 @pytest.mark.parametrize("engine", ALL)
-def test_a_16_bit_model_trains_to_the_same_weights_up_to_its_precision(ran: Ran, engine: str) -> None:
-    weights, expected = (load_file(ran(name) / "bf16.safetensors") for name in (engine, "single"))
+@pytest.mark.parametrize("case", ["bf16", "shared_bf16"])
+def test_a_16_bit_model_trains_to_the_same_weights_up_to_its_precision(ran: Ran, engine: str, case: str) -> None:
+    weights, expected = (load_file(ran(name) / f"{case}.safetensors") for name in (engine, "single"))
     assert distance(weights, expected) < 2e-2
 
 

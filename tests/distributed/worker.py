@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import set_seed
 
 from data_prep.schema import Prompt, Wrapper
+from tests.moe.families import FAMILIES
 from tests.tiny import tiny_model, tiny_tokenizer
 from trainer.detection.counts import count_activations
 from trainer.detection.pairs import Pair
@@ -54,8 +55,12 @@ PAIRS = [
 ]
 
 
-def trained(lora_rank: int | None = None, dtype: torch.dtype = torch.float32, full: bool = False) -> Trained:
-    backbone = Backbone.of(tiny_model(dtype=dtype)).check()
+def trained(
+    lora_rank: int | None = None, dtype: torch.dtype = torch.float32, full: bool = False, shared: bool = False
+) -> Trained:
+    """A split model; with `shared`, one of a family with shared experts, which train too."""
+    family = next(family for family in FAMILIES if family.model_type == "qwen2_moe")
+    backbone = Backbone.of(family.build().to(dtype) if shared else tiny_model(dtype=dtype)).check()
     model: Trained
     if full:
         model = WholeModel(backbone)
@@ -64,6 +69,8 @@ def trained(lora_rank: int | None = None, dtype: torch.dtype = torch.float32, fu
         members = tuple(Member(*pair) for pair in CHOSEN)
         set_seed(0)
         experts = ExpertSet(members, {layer.index: layer.num_experts for layer in backbone})
+        if shared:
+            experts = experts.with_shared(backbone.shared_parameters())
         model = SplitModel(backbone, experts, lora_rank=lora_rank)
     engine().shard(model.backbone)
     return model
@@ -122,6 +129,16 @@ def case_checkpointing(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
 def case_bf16(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
     model = trained(dtype=torch.bfloat16)
     return model, repair(model, folder, RepairOptions(train_gates=True)) + consistency(model, folder)
+
+
+def case_shared(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
+    model = trained(lora_rank=4, shared=True)
+    return model, repair(model, folder, gradient_checkpointing=True) + consistency(model, folder)
+
+
+def case_shared_bf16(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
+    model = trained(dtype=torch.bfloat16, shared=True)
+    return model, repair(model, folder)
 
 
 def case_whole(folder: Path) -> tuple[Trained, list[dict[str, float]]]:

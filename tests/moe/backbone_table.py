@@ -35,7 +35,8 @@ def row(model_type: str, result: dict[str, Any]) -> str:
     """One line of the table; a check that did not pass is `no`."""
     if "refused" in result:
         return _row([f"`{model_type}`", "refused", result["refused"], *[""] * (len(CHECKS) + 1)])
-    shared = f"`{result['shared']}`" if result["shared"] else "none"
+    trains = ", can train" if result.get("shared trains") else ""
+    shared = f"`{result['shared']}`{trains}" if result["shared"] else "none"
     passed = ["yes" if result.get(check) else "no" for check in CHECKS]
     return _row([f"`{model_type}`", result["layers"], result["scoring"], shared, *passed])
 

@@ -12,10 +12,29 @@ SIZES = {1: 6, 2: 6, 5: 8}
 pairs = st.sets(st.sampled_from([(layer, e) for layer, n in SIZES.items() for e in range(n)]), max_size=12)
 
 
-def build(chosen: set[tuple[int, int]]) -> ExpertSet:
-    return ExpertSet(
-        tuple(Member(layer, e, 0.5, 0.9) for layer, e in sorted(chosen)), SIZES, "some/model", {"pairs": 3}
-    )
+layers = st.sets(st.sampled_from(sorted(SIZES)))
+
+
+def build(chosen: set[tuple[int, int]], shared: set[int] | None = None) -> ExpertSet:
+    members = tuple(Member(layer, e, 0.5, 0.9) for layer, e in sorted(chosen))
+    return ExpertSet(members, SIZES, "some/model", {"pairs": 3}, tuple(sorted(shared or ())))
+
+
+@given(layers, layers)
+def test_algebra_is_set_algebra_on_shared_experts_too(a: set[int], b: set[int]) -> None:
+    one, other = build({(1, 0)}, a), build({(1, 1)}, b)
+    assert (set((one & other).shared), set((one | other).shared), set((one - other).shared)) == (a & b, a | b, a - b)
+    assert set(one.random_like(0).shared) == a
+
+
+@given(pairs, layers)
+def test_shared_experts_are_taken_where_the_set_has_members(chosen: set[tuple[int, int]], having: set[int]) -> None:
+    wanted = {layer for layer, _ in chosen} & having
+    if wanted:
+        assert set(build(chosen).with_shared(having).shared) == wanted
+    else:
+        with pytest.raises(ValueError, match="no shared expert"):
+            build(chosen).with_shared(having)
 
 
 @given(pairs, pairs)
@@ -38,12 +57,12 @@ def test_the_random_control_matches_every_layer_and_avoids_the_set_where_it_can(
     assert control.pairs == build(chosen).random_like(seed).pairs
 
 
-@given(pairs)
-def test_the_file_round_trips(chosen: set[tuple[int, int]]) -> None:
+@given(pairs, layers)
+def test_the_file_round_trips(chosen: set[tuple[int, int]], shared: set[int]) -> None:
     path = Path("/dev/shm") if Path("/dev/shm").exists() else Path(".")
     file = path / "routealign-expert-set-test.json"
-    file.write_text(build(chosen).to_json())
-    assert ExpertSet.load(file) == build(chosen)
+    file.write_text(build(chosen, shared).to_json())
+    assert ExpertSet.load(file) == build(chosen, shared)
     file.unlink()
 
 
@@ -58,6 +77,12 @@ def test_the_file_round_trips(chosen: set[tuple[int, int]]) -> None:
 def test_members_outside_the_model_are_refused(members: tuple[Member, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ExpertSet(members, SIZES)
+
+
+@pytest.mark.parametrize("shared", [(3,), (1, 1)])
+def test_shared_experts_of_other_layers_are_refused(shared: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="shared experts of layers"):
+        ExpertSet((Member(1, 0),), SIZES, shared=shared)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"version": 99}'])

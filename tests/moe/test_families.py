@@ -251,6 +251,49 @@ def test_a_16_bit_model_keeps_its_fp32_selection_biases_and_every_type(family: F
     assert moved and moved <= set(backbone.router_parameters())
 
 
+SHARED = [family for family in FAMILIES if family.shared]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", SHARED, ids=lambda family: family.model_type)
+def test_the_shared_experts_of_a_set_train_and_no_others(
+    family: Family, dtype: torch.dtype, tmp_path: Path, passed: Callable[..., None]
+) -> None:
+    """With a LoRA on the critical experts; the audit allows what the set names, and names what it does not."""
+    model = family.build()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    save_checkpoint(model, tiny_tokenizer(), tmp_path / "base")
+    expected, before = logits_of(model), snapshot(model)
+    backbone = Backbone.of(model).check()
+    experts = critical_experts(backbone)
+    chosen = experts.with_shared({backbone.layers[0].index})
+    trained = SplitModel(backbone, chosen, lora_rank=4)
+    assert {p.dtype for p in trained.trainable().values()} == {torch.float32}
+    two_steps = {**ONE_STEP, "max_steps": 2}
+    repair_experts(trained, tiny_tokenizer(), REPAIR_ROWS, RepairOptions(), two_steps, tmp_path, 0)
+    repaired = logits_of(model)
+    assert not torch.equal(repaired, expected)
+    with trained.original() as original:
+        assert torch.equal(logits_of(original.model), expected)
+    stock = dict(trained.stock_state())
+    trained.fuse()
+    after = model.state_dict()
+    assert after.keys() == before.keys() == stock.keys()
+    assert all(after[name].dtype == before[name].dtype and torch.equal(after[name], stock[name]) for name in after)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    shared = backbone.shared_parameters()[backbone.layers[0].index]
+    assert {name for name in moved if name not in backbone.expert_parameters()} == set(shared)
+    torch.testing.assert_close(logits_of(model), repaired, atol=2e-5 if dtype == torch.float32 else 5e-2, rtol=1e-4)
+
+    save_checkpoint(model, tiny_tokenizer(), tmp_path / "repaired")
+    audit = audit_files(tmp_path / "base", tmp_path / "repaired", chosen)
+    assert (audit["untouched_identical"], audit["shared_experts_changed"]) == (True, 1), audit["moved_outside"]
+    without = audit_files(tmp_path / "base", tmp_path / "repaired", experts)
+    assert len(without["moved_outside"]) == len(shared) and without["untouched_identical"] is False
+    passed(**{"shared trains": True})
+
+
 class StockPython:
     """A process that knows transformers and not this project."""
 
@@ -325,7 +368,13 @@ def test_the_table_in_the_documentation_is_what_these_tests_found(
 ) -> None:
     """Compared row by row, so that a run of some families compares those."""
     whole = [
-        name for name in found if "refused" in found[name] or {"layers", *backbone_table.CHECKS} <= found[name].keys()
+        name
+        for name, result in found.items()
+        if "refused" in result
+        or (
+            {"layers", *backbone_table.CHECKS} <= result.keys()
+            and ("shared trains" in result or result["shared"] is None)
+        )
     ]
     if not whole:
         pytest.skip("no family ran through all checks in this session")

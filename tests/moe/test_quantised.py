@@ -37,7 +37,8 @@ def split_model(family: str, lora_rank: int | None = None) -> SplitModel:
 def split_of(backbone: Backbone, chosen: tuple[tuple[int, int], ...], lora_rank: int | None = None) -> SplitModel:
     sizes = {layer.index: layer.num_experts for layer in backbone}
     torch.manual_seed(0)  # LoRA starts from drawn weights
-    return SplitModel(backbone, ExpertSet(tuple(Member(*pair) for pair in chosen), sizes), lora_rank=lora_rank)
+    experts, shared = ExpertSet(tuple(Member(*pair) for pair in chosen), sizes), backbone.shared_parameters()
+    return SplitModel(backbone, experts.with_shared(shared) if shared else experts, lora_rank=lora_rank)
 
 
 def packed(family: str, kind: Kind, lora_rank: int | None = None) -> SplitModel:
@@ -200,16 +201,19 @@ def test_every_family_trains_packed_and_is_fused_into_its_own_bits(family: Famil
         id(module) in gates or min(getattr(module, "weight", Tensor(2, 2)).shape) == 1 for module in found.values()
     )
     assert not any(name.startswith(("lm_head", "model.visual")) or ".critical" in name for name in found)
+    shared = backbone.shared_parameters().get(layer.index, {})
+    for at in backbone:
+        if at.shared_name is not None:
+            assert any(name.startswith(at.shared_name) for name in found) is (at is not layer)
     train(split, steps=1)
     after = fuse_into(Backbone.of(family.build()), split).state_dict()
-    may_move = set(backbone.router_parameters()) | {
-        f"{layer.experts_name}.{n}" for n in expert_tensor_names(layer.experts)
-    }
+    experts = {f"{layer.experts_name}.{n}" for n in expert_tensor_names(layer.experts)}
+    may_move = experts | set(backbone.router_parameters()) | set(shared)
     assert after.keys() == before.keys()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved <= may_move and f"{layer.experts_name}.down_proj" in moved
+    assert moved <= may_move and moved >= {f"{layer.experts_name}.down_proj", *shared}
     rest = [e for e in range(layer.num_experts) if e not in (1, 2)]
-    assert all(torch.equal(before[name][rest], after[name][rest]) for name in moved if ".experts." in name)
+    assert all(torch.equal(before[name][rest], after[name][rest]) for name in moved & experts)
 
 
 def _again(split: SplitModel) -> None:

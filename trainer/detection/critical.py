@@ -6,7 +6,7 @@ Shapes: L MoE layers, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -44,10 +44,14 @@ class Options(Protocol):
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores as a function of the sample: `of(rows)` is [L, E] on rows, repeats allowed, of `size` pairs."""
+    """Scores as a function of the sample: `of(rows)` is [L, E] on rows, repeats allowed, of `size` pairs.
+
+    `shared`: layer index -> the same score of its shared expert, where the score can tell (`saliency`).
+    """
 
     of: Callable[[NDArray[np.int64]], NDArray[np.float64]]
     size: int
+    shared: dict[int, float] = field(default_factory=dict)
 
     def all(self) -> NDArray[np.float64]:
         """The scores on the whole sample, [L, E]."""
@@ -60,8 +64,10 @@ def scoring(
     """The score that the options name: from the counts, or from gradients (`saliency`)."""
     kind = options.score
     if kind == "saliency":
-        norms_MLE = gradient_saliency(backbone, tokenizer, pairs, options.batch_size)
-        return Scores(lambda rows: norms_MLE[rows].mean(0), len(norms_MLE))
+        norms_MLE, shared_ML = gradient_saliency(backbone, tokenizer, pairs, options.batch_size)
+        shared_L = dict(zip(counts.layers, shared_ML.mean(0).tolist(), strict=True))
+        shared = {layer: shared_L[layer] for layer in backbone.shared_parameters()}
+        return Scores(lambda rows: norms_MLE[rows].mean(0), len(norms_MLE), shared)
     return Scores(lambda rows: score(counts.take(rows), kind, options.pool), len(counts))  # type: ignore[arg-type]
 
 

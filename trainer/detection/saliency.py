@@ -3,12 +3,16 @@
 Not part of RASA. Activation differences say which experts a jailbreak reaches, not whether changing them can change
 the reply; the squared gradient of the repair loss asks that directly. It needs one backward pass over all experts.
 
+A shared expert runs on every token, so counts cannot see it: its activation never differs. Its gradient can be read
+like any other's.
+
 Shapes: M batches, L MoE layers, E experts, B sequences, S positions, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,28 +29,38 @@ from trainer.moe.sharding import is_partitioned, is_sharded, whole
 from trainer.run_process import dealt, from_all_ranks
 
 
+class Saliency(NamedTuple):
+    """Squared gradient norms of each batch: of the routed experts, and of the shared ones (zero where there is none).
+
+    Layers with fewer experts leave their surplus columns at zero.
+    """
+
+    experts_MLE: NDArray[np.float64]
+    shared_ML: NDArray[np.float64]
+
+
 def gradient_saliency(
     backbone: Backbone, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], batch_size: int
-) -> NDArray[np.float64]:
-    """Squared gradient norm of every expert, [M, L, E], for each batch of pairs.
+) -> Saliency:
+    """Squared gradient norm of every expert for each batch of pairs.
 
     The loss is the repair's: cross-entropy of the anchor's refusal after the jailbroken prompt, response tokens only.
-    Layers with fewer experts leave their surplus columns at zero.
 
     Raises:
         UserError: a model partitioned by ZeRO-3.
     """
     model = backbone.model.eval().requires_grad_(False)
-    fused = backbone.expert_parameters()
-    if any(is_partitioned(parameter) for parameter in fused.values()):
+    asked = [*backbone.expert_parameters().values()]
+    asked += [parameter for layer in backbone.shared_parameters().values() for parameter in layer.values()]
+    if any(is_partitioned(parameter) for parameter in asked):
         raise UserError(
             "detect.score: 'saliency' needs a backward pass outside of training, which ZeRO-3 does not run; allowed: "
             "`routealign detect` under another engine first (fsdp2, zero2, ddp, single), whose result the run keeps"
         )
     turns = [encode(tokenizer, pair.adversarial_prompt, pair.anchor_reply) for pair in pairs]
     every = list(batches(turns, pad_id(tokenizer), batch_size))
-    found: dict[int, NDArray[np.float64]] = {}
-    for parameter in fused.values():
+    found: dict[int, Saliency] = {}
+    for parameter in asked:
         parameter.requires_grad_(True)
     try:
         # FSDP2 averages gradients over the processes, so there every process computes every batch.
@@ -57,17 +71,28 @@ def gradient_saliency(
             model.zero_grad(set_to_none=True)
     finally:
         model.requires_grad_(False)
-    norms: list[NDArray[np.float64]] = from_all_ranks(found)
-    return np.stack(norms)
+    norms: list[Saliency] = from_all_ranks(found)
+    return Saliency(np.stack([n.experts_MLE for n in norms]), np.stack([n.shared_ML for n in norms]))
 
 
-def _norms(backbone: Backbone) -> NDArray[np.float64]:
+def _norms(backbone: Backbone) -> Saliency:
+    """Of one batch, without the dimension M."""
     norms_LE = np.zeros((len(backbone), max(layer.num_experts for layer in backbone)))
     for i, layer in enumerate(backbone):
         for name in expert_tensor_names(layer.experts):
             gradient = whole(getattr(layer.experts, name).grad)
             norms_LE[i, : layer.num_experts] += gradient.double().flatten(1).square().sum(1).cpu().numpy()
-    return norms_LE
+    shared = backbone.shared_parameters()
+    norms_L = [
+        sum(_square(parameter) for parameter in shared.get(layer.index, {}).values() if parameter.grad is not None)
+        for layer in backbone
+    ]
+    return Saliency(norms_LE, np.array(norms_L, dtype=np.float64))
+
+
+def _square(parameter: torch.nn.Parameter) -> float:
+    assert parameter.grad is not None
+    return whole(parameter.grad).double().square().sum().item()
 
 
 def refusal_loss(backbone: Backbone, batch: Batch) -> torch.Tensor:

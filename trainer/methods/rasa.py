@@ -45,6 +45,15 @@ from trainer.stages.watch import StageResult
 from trainer.steered import steering_baseline
 from trainer.subject import Subject
 
+MOVED = (
+    "experts_changed",
+    "experts_total",
+    "shared_experts_changed",
+    "gate_weights_changed",
+    "untouched_identical",
+)
+"""Figures of the audit that stand in `evaluation.json`, too."""
+
 
 def run(recipe: Recipe, run: Run) -> None:
     """The whole method, from the base model to the repaired checkpoint and its evidence."""
@@ -67,8 +76,7 @@ def run(recipe: Recipe, run: Run) -> None:
         control = random_control(
             run, subject, training.experts, training.elsewhere, training.inputs("control"), [last]
         )
-    moved = ("experts_changed", "experts_total", "gate_weights_changed", "untouched_identical")
-    diagnostics |= {key: audit[key] for key in moved} | {"random_control": control, "steering_baseline": steered}
+    diagnostics |= {key: audit[key] for key in MOVED} | {"random_control": control, "steering_baseline": steered}
     evaluation = {"before": before, "after": after, "diagnostics": diagnostics}
     if is_main_process():
         atomic_write(run.dir / "evaluation.json", json.dumps(evaluation, indent=1))
@@ -125,14 +133,28 @@ def identify(subject: Subject, run: Run) -> Identified:
         scores = scoring(subject.backbone, subject.tokenizer, found.pairs, counts, recipe.detect)
         experts = select(scores, counts, k, recipe.detect, recipe.run.seed)
         control = topic_control(subject.backbone, subject.tokenizer, found.pairs, counts, experts, recipe.detect)
-        about = {"score": recipe.detect.score, "tokens": recipe.detect.tokens, "topic_control": control._asdict()}
+        about: dict[str, object] = {
+            "score": recipe.detect.score,
+            "tokens": recipe.detect.tokens,
+            "topic_control": control._asdict(),
+        }
+        if scores.shared:
+            about["shared_experts"] = scores.shared
         experts = replace(experts, model=recipe.model.name_or_path, about=experts.about | about)
+        if recipe.detect.shared_experts:
+            experts = experts.with_shared(subject.backbone.shared_parameters())
         if is_main_process():
             _write_detection(files, found, counts, scores.all(), experts)
+        also = f" and the shared experts of {len(experts.shared)} layers" if experts.shared else ""
         say(
-            f"detect: {len(found.pairs)} pairs kept; {len(experts)} of {experts.total} experts selected; their mean "
-            f"activation difference is {control.difference:.3f}, with equal replies {control.with_equal_replies:.3f}"
+            f"detect: {len(found.pairs)} pairs kept; {len(experts)} of {experts.total} experts{also} selected; their "
+            f"mean activation difference is {control.difference:.3f}, with equal replies "
+            f"{control.with_equal_replies:.3f}"
         )
+        if scores.shared:
+            routed = sum(member.score for member in experts) / len(experts)
+            mean = sum(scores.shared.values()) / len(scores.shared)
+            say(f"detect: mean saliency of a shared expert {mean:.3g}, of a selected one {routed:.3g}")
         stage.finish(files)
     rows = [json.loads(line) for line in files[0].read_text().splitlines()]
     goals = {goal.id: goal for goal in subject.corpus.harmful.train}

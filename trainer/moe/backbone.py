@@ -39,17 +39,23 @@ LOW_TOKENS = 1000
 
 @dataclass
 class MoELayer:
-    """One MoE layer. `index` is the position of its decoder layer in the model, dense layers counted."""
+    """One MoE layer. `index` is the position of its decoder layer in the model, dense layers counted.
+
+    `shared`, `shared_name`: the expert beside the routed ones that every token passes. `shared_trains`: it is part of
+    an edit.
+    """
 
     index: int
     experts_name: str
     router_name: str
     router: nn.Module
     experts: nn.Module
+    shared_name: str | None
     shared: nn.Module | None
     num_experts: int
     top_k: int
     scoring: Scoring | None = None
+    shared_trains: bool = False
 
     @property
     def layout(self) -> str:
@@ -157,12 +163,15 @@ class Backbone:
                     f"(looked among: {', '.join(sorted(siblings))})"
                 )
             router = siblings[router_name]
-            shared = next((siblings[n] for n in SHARED_NAMES if n in siblings), None)
+            own_name = next((n for n in SHARED_NAMES if n in siblings), None)
+            shared = siblings[own_name] if own_name else None
+            shared_name = f"{parent}.{own_name}" if own_name and parent else own_name
             top_k = _top_k(router, model.config.get_text_config())
             if top_k is None:
                 raise ValueError(f"model type {kind!r}: router {parent}.{router_name} does not say its top_k")
             router_path = f"{parent}.{router_name}" if parent else router_name
-            layers.append(MoELayer(_layer_index(name), name, router_path, router, experts, shared, num_experts, top_k))
+            index = _layer_index(name)
+            layers.append(MoELayer(index, name, router_path, router, experts, shared_name, shared, num_experts, top_k))
         if not layers:
             raise ValueError(_why_no_experts(model, kind, bool(classes)))
         return cls(model, layers)
@@ -184,6 +193,10 @@ class Backbone:
     def total_experts(self) -> int:
         return sum(layer.num_experts for layer in self.layers)
 
+    def routers(self) -> dict[str, nn.Module]:
+        """Name in the model -> router."""
+        return {layer.router_name: layer.router for layer in self.layers}
+
     def router_parameters(self) -> dict[str, nn.Parameter]:
         """Name in the model -> parameter, for every router; selection biases, which no gradient reaches, left out."""
         return {
@@ -199,6 +212,14 @@ class Backbone:
             f"{layer.experts_name}.{name}": stored(layer.experts, name)
             for layer in self.layers
             for name in expert_tensor_names(layer.experts)
+        }
+
+    def shared_parameters(self) -> dict[int, dict[str, nn.Parameter]]:
+        """Layer index -> name in the model -> parameter, for every layer with a shared expert."""
+        return {
+            layer.index: {f"{layer.shared_name}.{name}": p for name, p in layer.shared.named_parameters()}
+            for layer in self.layers
+            if layer.shared is not None
         }
 
     @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,6 +25,9 @@ class Member:
 class ExpertSet:
     """Experts of one model. `experts_per_layer` maps every MoE layer's index to its number of routed experts.
 
+    `shared`: layers whose shared expert, which every token passes, belongs to the set too. Members, sizes and overlaps
+    are those of routed experts.
+
     Raises:
         ValueError: a member outside the model, or named twice.
     """
@@ -33,6 +36,7 @@ class ExpertSet:
     experts_per_layer: dict[int, int]
     model: str = ""
     about: dict[str, object] = field(default_factory=dict)
+    shared: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for member in self.members:
@@ -43,6 +47,9 @@ class ExpertSet:
                 raise ValueError(f"expert {member.expert} of layer {member.layer} does not exist: 0..{experts - 1}")
         if len(self.pairs) != len(self.members):
             raise ValueError("an expert is named twice")
+        if len(set(self.shared)) != len(self.shared) or not set(self.shared) <= self.experts_per_layer.keys():
+            known = sorted(self.experts_per_layer)
+            raise ValueError(f"shared experts of layers {list(self.shared)}; MoE layers, each once: {known}")
 
     def __len__(self) -> int:
         return len(self.members)
@@ -71,18 +78,29 @@ class ExpertSet:
             layers.setdefault(layer, []).append(expert)
         return layers
 
-    def _with(self, pairs: frozenset[tuple[int, int]], *sources: ExpertSet) -> ExpertSet:
-        known = {(m.layer, m.expert): m for source in reversed((self, *sources)) for m in source.members}
-        return replace(self, members=tuple(known[p] for p in sorted(pairs)))
+    def with_shared(self, layers: Collection[int]) -> ExpertSet:
+        """The set with the shared experts of those `layers` that have members.
+
+        Raises:
+            ValueError: none of them has.
+        """
+        shared = tuple(layer for layer in self.by_layer() if layer in layers)
+        if not shared:
+            raise ValueError(f"no shared expert beside those of layers {list(self.by_layer())}")
+        return replace(self, shared=shared)
+
+    def _with(self, pairs: frozenset[tuple[int, int]], shared: set[int], other: ExpertSet) -> ExpertSet:
+        known = {(m.layer, m.expert): m for source in (other, self) for m in source.members}
+        return replace(self, members=tuple(known[p] for p in sorted(pairs)), shared=tuple(sorted(shared)))
 
     def __and__(self, other: ExpertSet) -> ExpertSet:
-        return self._with(self.pairs & other.pairs, other)
+        return self._with(self.pairs & other.pairs, set(self.shared) & set(other.shared), other)
 
     def __or__(self, other: ExpertSet) -> ExpertSet:
-        return self._with(self.pairs | other.pairs, other)
+        return self._with(self.pairs | other.pairs, set(self.shared) | set(other.shared), other)
 
     def __sub__(self, other: ExpertSet) -> ExpertSet:
-        return self._with(self.pairs - other.pairs, other)
+        return self._with(self.pairs - other.pairs, set(self.shared) - set(other.shared), other)
 
     def jaccard(self, other: ExpertSet) -> float:
         """Overlap |A & B| / |A | B|; 1.0 for two empty sets."""
@@ -90,7 +108,10 @@ class ExpertSet:
         return len(self.pairs & other.pairs) / len(union) if union else 1.0
 
     def random_like(self, seed: int) -> ExpertSet:
-        """A control set with as many experts in every layer, drawn from its *other* experts where they suffice."""
+        """A control set with as many experts in every layer, drawn from its *other* experts where they suffice.
+
+        Of shared experts there are no others: the control has the same ones.
+        """
         generator = random.Random(seed)
         members = []
         for layer, experts in self.by_layer().items():
@@ -109,6 +130,7 @@ class ExpertSet:
                 "experts_per_layer": {str(k): v for k, v in sorted(self.experts_per_layer.items())},
                 "share": round(self.share, 6),
                 "about": self.about,
+                "shared_experts": list(self.shared),
                 "members": [
                     {"layer": m.layer, "expert": m.expert, "score": m.score, "stability": m.stability}
                     for m in self.members
@@ -133,6 +155,7 @@ class ExpertSet:
                 experts_per_layer={int(k): int(v) for k, v in data["experts_per_layer"].items()},
                 model=data["model"],
                 about=data["about"],
+                shared=tuple(data.get("shared_experts", ())),  # older sets have none
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not an expert set: {error}") from error

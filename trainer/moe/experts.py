@@ -23,7 +23,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 
 from trainer.moe.backbone import Backbone, expert_tensor_names
 from trainer.moe.expert_set import ExpertSet
-from trainer.moe.routers import Routers
+from trainer.moe.masters import Masters
 from trainer.moe.sharding import assign, gathered, whole
 
 FusedExperts = Any
@@ -126,13 +126,16 @@ ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, split_experts_forward)
 class SplitModel:
     """A model whose critical experts are trainable parameters of their own; everything else is frozen.
 
+    Shared experts that belong to the set train whole and in place, with LoRA on the others too.
+
     Args:
         backbone: the model's MoE layers.
         expert_set: the experts to split out.
         lora_rank: train LoRA of this rank on the critical experts instead of their full weights.
 
     Raises:
-        ValueError: an empty set, a set of another model, or a model that is split already.
+        ValueError: an empty set, a set of another model, a shared expert that the model does not have, or a model that
+            is split already.
     """
 
     def __init__(
@@ -150,6 +153,9 @@ class SplitModel:
             raise ValueError(
                 f"expert set is for experts per layer {expert_set.experts_per_layer}, the model has {shape}"
             )
+        missing = set(expert_set.shared) - backbone.shared_parameters().keys()
+        if missing:
+            raise ValueError(f"expert set names the shared experts of layers {sorted(missing)}, which have none")
         if any(hasattr(layer.experts, CHILD) for layer in backbone):
             raise ValueError("the model is split already; fuse it first")
         self.backbone, self.model, self.expert_set = backbone, backbone.model, expert_set
@@ -163,7 +169,10 @@ class SplitModel:
             module.split_size, module.split_enabled = len(experts), True
             module.add_module(CHILD, critical)
         self.model.set_experts_implementation(IMPLEMENTATION)
-        self._routers = Routers(backbone)
+        self._routers = Masters(backbone.routers())
+        for index in expert_set.shared:
+            backbone.layer(index).shared_trains = True
+        self._shared = Masters(self._shared_modules())
         if lora_rank is not None:
             self._add_lora(lora_rank, lora_alpha if lora_alpha is not None else 2.0 * lora_rank)
 
@@ -186,13 +195,31 @@ class SplitModel:
                 critical = critical.base_layer
             yield experts, critical
 
+    def _shared_modules(self) -> dict[str, nn.Module]:
+        """Name in the model -> module with parameters of its own, inside the shared experts of the set."""
+        found: dict[str, nn.Module] = {}
+        for index in self.expert_set.shared:
+            layer = self.backbone.layer(index)
+            assert layer.shared is not None
+            for name, module in layer.shared.named_modules():
+                if next(module.parameters(recurse=False), None) is not None:
+                    found[f"{layer.shared_name}.{name}" if name else f"{layer.shared_name}"] = module
+        return found
+
+    @property
+    def originals(self) -> list[nn.Module]:
+        """Modules outside of the model that hold original weights, whole on every process."""
+        return [*self._routers.originals.values(), *self._shared.originals.values()]
+
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Name -> parameter of everything that trains on the critical experts (full weights or LoRA)."""
+        """Name -> parameter of everything that trains on the experts of the set (full weights or LoRA)."""
         wanted = "lora_" if self.lora_rank is not None else f".{CHILD}."
-        return {n: p for n, p in self.model.named_parameters() if f".{CHILD}." in n and wanted in n}
+        split = {n: p for n, p in self.model.named_parameters() if f".{CHILD}." in n and wanted in n}
+        shared = self.backbone.shared_parameters()
+        return split | {n: p for index in self.expert_set.shared for n, p in shared[index].items()}
 
     def train_experts(self, *, routers: bool = False) -> None:
-        """Let gradients reach the critical experts (and, if asked, the routers) and nothing else."""
+        """Let gradients reach the experts of the set (and, if asked, the routers) and nothing else."""
         self.model.requires_grad_(False)
         for parameter in [
             *self.trainable().values(),
@@ -214,8 +241,10 @@ class SplitModel:
             module.split_enabled = False
         was_training = self.model.training
         self.model.eval()  # the original is a reference: no dropout, no router jitter
+        former_shared = self._shared.original() if experts else nullcontext()
+        former_routers = self._routers.original() if routers else nullcontext()
         try:
-            with torch.no_grad(), self._routers.original() if routers else nullcontext():
+            with torch.no_grad(), former_shared, former_routers:
                 yield self.backbone
         finally:
             self.model.train(was_training)
@@ -245,7 +274,7 @@ class SplitModel:
 
         One whole tensor at a time, for a sharded model that no process could `fuse`. Collective.
         """
-        dtypes = self._routers.dtypes()
+        dtypes = self._routers.dtypes() | self._shared.dtypes()
         split = {f"{self.backbone.layer(i).experts_name}.": i for i in self.expert_set.by_layer()}
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             if f".{CHILD}." in name:
@@ -287,4 +316,7 @@ class SplitModel:
         if hasattr(self.model, "peft_config"):  # left behind by PEFT's injection; save_pretrained would act on it
             del self.model.peft_config
         self._routers.restore_dtype()
+        self._shared.restore_dtype()
+        for layer in self.backbone:
+            layer.shared_trains = False
         self.model.set_experts_implementation(self._former_implementation)

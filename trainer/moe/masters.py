@@ -1,46 +1,50 @@
-"""Routers under repair: fp32 weights that compute in the model's own type, and the original ones to go back to.
+"""Modules that train whole (routers, shared experts): fp32 weights that compute in the model's own type, and the
+original ones to go back to.
 
-Updates of a 16-bit weight that are smaller than its spacing are lost, so routers are held in fp32. They compute with
-the weights cast to the model's type, which is what will be exported: what is trained is what is kept. The originals
-are modules of their own outside the model, so that no engine shards them and nothing is written to switch between the
-two.
+Updates of a 16-bit weight that are smaller than its spacing are lost, so the weights are held in fp32. They compute
+cast to the model's type, which is what will be exported: what is trained is what is kept. The originals are modules of
+their own outside the model, so that no engine shards them and nothing is written to switch between the two.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from trainer.moe.backbone import Backbone
 
+class Masters:
+    """Modules of a model (name -> module), made trainable; `restore_dtype` undoes it.
 
-class Routers:
-    """The routers of a model, made trainable; `restore_dtype` undoes it."""
+    `originals`: name -> a copy with the original weights, outside of the model.
 
-    def __init__(self, backbone: Backbone):
-        self._routers = {layer.router_name: layer.router for layer in backbone}
-        self._originals = {name: _twin(router) for name, router in self._routers.items()}
-        for name, router in self._routers.items():
-            if any(torch.finfo(parameter.dtype).bits < 32 for parameter in router.parameters()):
+    ZeRO-3 gathers a parameter for the module that holds it, so a module whose children hold parameters is given as
+    these children; a router computes with its own.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]):
+        self._modules = dict(modules)
+        self.originals = {name: _twin(module) for name, module in self._modules.items()}
+        for name, module in self._modules.items():
+            if any(torch.finfo(parameter.dtype).bits < 32 for parameter in module.parameters()):
                 # Parameters alone: a selection bias among the buffers has a type of its own.
-                for parameter in router.parameters():
+                for parameter in module.parameters():
                     parameter.data = parameter.data.float()
-                self._set_forward(name, _cast_forward(router, self._originals[name]))
+                self._set_forward(name, _cast_forward(module, self.originals[name]))
 
     def _set_forward(self, name: str, forward: Callable[..., Any]) -> None:
-        setattr(self._routers[name], "forward", forward)  # noqa: B010 - mypy refuses the plain assignment
+        setattr(self._modules[name], "forward", forward)  # noqa: B010 - mypy refuses the plain assignment
 
     @contextmanager
     def original(self) -> Iterator[None]:
-        """Route as the original model does inside; without gradients."""
-        trained = {name: router.forward for name, router in self._routers.items()}
-        for name, twin in self._originals.items():
-            twin.to(next(iter(self._routers[name].parameters())).device)
+        """Compute with the original weights inside; without gradients."""
+        trained = {name: module.forward for name, module in self._modules.items()}
+        for name, twin in self.originals.items():
+            twin.to(next(iter(self._modules[name].parameters())).device)
             self._set_forward(name, twin.forward)
         try:
             yield
@@ -49,44 +53,44 @@ class Routers:
                 self._set_forward(name, forward)
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Name in the model -> the type that each router parameter has in the checkpoint."""
+        """Name in the model -> the type that each parameter has in the checkpoint."""
         return {
             f"{name}.{part}": parameter.dtype
-            for name, twin in self._originals.items()
+            for name, twin in self.originals.items()
             for part, parameter in twin.named_parameters()
         }
 
     def restore_dtype(self) -> None:
-        """Give the routers their own type and forward back. Not for a sharded model."""
-        for name, router in self._routers.items():
-            for parameter, former in zip(router.parameters(), self._originals[name].parameters(), strict=True):
+        """Give the modules their own type and forward back. Not for a sharded model."""
+        for name, module in self._modules.items():
+            for parameter, former in zip(module.parameters(), self.originals[name].parameters(), strict=True):
                 parameter.data = parameter.data.to(former.dtype)
-            router.__dict__.pop("forward", None)
+            module.__dict__.pop("forward", None)
 
 
-def _twin(router: nn.Module) -> nn.Module:
-    twin = copy.deepcopy(router)
+def _twin(module: nn.Module) -> nn.Module:
+    twin = copy.deepcopy(module)
     # Hooks belong to the module in the model, which keeps calling them around whatever forward it has.
     twin._forward_hooks.clear()
     twin._forward_pre_hooks.clear()
     return twin.eval().requires_grad_(False)
 
 
-def _cast_forward(router: nn.Module, original: nn.Module) -> Callable[..., Any]:
-    """The router's own forward with its parameters cast to the original's types; gradients reach the uncast ones."""
+def _cast_forward(module: nn.Module, original: nn.Module) -> Callable[..., Any]:
+    """The module's own forward with its parameters cast to the original's types; gradients reach the uncast ones."""
     dtypes = {name: parameter.dtype for name, parameter in original.named_parameters()}
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         held = [
-            (module._parameters, own, parameter, dtypes[f"{prefix}.{own}" if prefix else own])
-            for prefix, module in router.named_modules()
-            for own, parameter in module._parameters.items()
+            (inner._parameters, own, parameter, dtypes[f"{prefix}.{own}" if prefix else own])
+            for prefix, inner in module.named_modules()
+            for own, parameter in inner._parameters.items()
             if parameter is not None
         ]
         for parameters, own, parameter, dtype in held:
             parameters[own] = parameter.to(dtype)
         try:
-            return type(router).forward(router, *args, **kwargs)
+            return type(module).forward(module, *args, **kwargs)
         finally:
             for parameters, own, parameter, _ in held:
                 parameters[own] = parameter

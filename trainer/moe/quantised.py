@@ -50,8 +50,8 @@ def quantise(backbone: Backbone, kind: Kind, device: torch.device) -> None:
     """Move a model to `device` and pack the frozen matrices of its decoder layers there, one layer at a time.
 
     Packed: the fused expert tensors and the linear layers (attention, shared experts, dense layers). Left as they are:
-    routers and other gates, critical experts and LoRA, norms, biases, convolutions, embeddings, the head. At no time
-    does `device` hold more than one whole layer besides the packed ones.
+    routers and other gates, critical experts and LoRA, shared experts that train, norms, biases, convolutions,
+    embeddings, the head. At no time does `device` hold more than one whole layer besides the packed ones.
 
     Raises:
         ValueError: bitsandbytes is not installed, or the model is quantised already.
@@ -62,6 +62,8 @@ def quantise(backbone: Backbone, kind: Kind, device: torch.device) -> None:
     left = {id(inner) for layer in backbone for inner in layer.router.modules()}
     for layer in backbone:
         left |= {id(inner) for inner in getattr(layer.experts, CHILD, nn.Identity()).modules()}
+        if layer.shared is not None and layer.shared_trains:
+            left |= {id(inner) for inner in layer.shared.modules()}
     fused = {id(layer.experts) for layer in backbone}
     for decoder_layer in _decoder_layers(backbone):
         decoder_layer.to(device)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trainer.moe.backbone import Backbone
-from trainer.moe.routers import Routers
+from trainer.moe.masters import Masters
 from trainer.moe.sharding import assign, whole
 
 
@@ -21,6 +21,10 @@ class Trained(Protocol):
 
     backbone: Backbone
     model: PreTrainedModel
+
+    @property
+    def originals(self) -> list[nn.Module]:
+        """Modules outside of the model that hold original weights, whole on every process."""
 
     def trainable(self) -> dict[str, nn.Parameter]: ...
     def train_experts(self, *, routers: bool = False) -> None: ...
@@ -40,7 +44,11 @@ class WholeModel:
         self.reference = Backbone.of(copy.deepcopy(self.model).eval().requires_grad_(False))
         for layer, source in zip(self.reference, backbone, strict=True):
             layer.scoring = source.scoring
-        self._routers = Routers(backbone)
+        self._routers = Masters(backbone.routers())
+
+    @property
+    def originals(self) -> list[nn.Module]:
+        return list(self._routers.originals.values())
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return dict(self.model.named_parameters())

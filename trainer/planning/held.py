@@ -44,11 +44,11 @@ OPTIMISERS: dict[str, tuple[float, bool]] = {
 class Held:
     """Bytes of a model in a stage. `elements`: the number of trained parameters.
 
-    `twins`: the original routers, which no engine splits. `unit`: the largest part that is gathered as one. `small`:
-    tensors that ZeRO-3 never splits. `kept_views`: fused experts of which autograd keeps a transposed view, so that
-    ZeRO-3 frees a gathered one only after the backward pass. `dequantised`: the largest layer unpacked, 0 where
-    nothing is packed. `gradients`: of everything that trains. `states`, `states_fp32`: of the optimiser on the
-    parameters, and on fp32 copies of them.
+    `twins`: the original routers and shared experts, which no engine splits. `unit`: the largest part that is gathered
+    as one. `small`: tensors that ZeRO-3 never splits. `kept_views`: fused experts of which autograd keeps a transposed
+    view, so that ZeRO-3 frees a gathered one only after the backward pass. `dequantised`: the largest layer unpacked,
+    0 where nothing is packed. `gradients`: of everything that trains. `states`, `states_fp32`: of the optimiser on
+    the parameters, and on fp32 copies of them.
     """
 
     weights: int
@@ -78,11 +78,11 @@ def measure(
     training = [p for p in parameters if section is not None and p.requires_grad]
     elements = sum(p.numel() for p in training)
     state, by_byte = OPTIMISERS.get(optimiser(section), (2, True)) if section is not None else (0, False)
-    routers = [p for layer in backbone for p in layer.router.parameters()] if trained is not None else []
+    originals = [p for module in trained.originals for p in module.parameters()] if trained is not None else []
     return Held(
         weights=sum(sizes.values()) + buffers,
         weight_elements=sum(p.numel() for p in parameters),
-        twins=sum(p.numel() for p in routers) * model.dtype.itemsize,
+        twins=sum(_bytes(p) for p in originals),
         unit=max(sum(sizes[id(p)] for p in layer.parameters()) for layer in layers),
         small=sum(sizes[id(p)] for p in parameters if p.numel() <= PERSISTENT),
         kept_views=0 if packed else sum(_experts(layer) for layer in backbone if not layer.experts.is_transposed),
@@ -110,11 +110,12 @@ def _packed(backbone: Backbone) -> set[int]:
         for name in expert_tensor_names(layer.experts)
         if getattr(layer.experts, name).ndim == 3
     }
-    routers = {id(module) for layer in backbone for module in layer.router.modules()}
+    left = {id(module) for layer in backbone for module in layer.router.modules()}
+    left |= {id(m) for layer in backbone if layer.shared and layer.shared_trains for m in layer.shared.modules()}
     for layer in units(backbone):
         for module in layer.modules():
             # A head or an embedding is a unit of its own; one output is a gate.
-            inside = module is not layer and id(module) not in routers
+            inside = module is not layer and id(module) not in left
             if type(module) is nn.Linear and inside and module.out_features > 1:
                 found.add(id(module.weight))
     return found

@@ -23,7 +23,7 @@ from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet, Member
 from trainer.moe.experts import FusedExperts, SplitModel
 from trainer.moe.trained import Trained, WholeModel
-from trainer.recipe import ModelSection, Recipe
+from trainer.recipe import ModelSection, Recipe, check_shared_experts
 
 ATTENTION = ("attn", "attention", "conv", "mixer", "mamba")
 
@@ -126,9 +126,13 @@ def under_repair(recipe: Recipe, backbone: Backbone, counts: Sequence[int]) -> T
     if recipe.repair.scope == "full":
         return WholeModel(backbone)
     members = tuple(Member(layer.index, e) for layer, n in zip(backbone, counts, strict=True) for e in range(n))
-    sizes = {layer.index: layer.num_experts for layer in backbone}
+    experts = ExpertSet(members, {layer.index: layer.num_experts for layer in backbone})
+    if recipe.detect.shared_experts:
+        shared = backbone.shared_parameters()
+        check_shared_experts(recipe, backbone.model.config.model_type, shared)
+        experts = experts.with_shared(shared)
     rank, alpha = recipe.repair.lora_rank, recipe.repair.lora_alpha
-    return SplitModel(backbone, ExpertSet(members, sizes), lora_rank=rank, lora_alpha=alpha)
+    return SplitModel(backbone, experts, lora_rank=rank, lora_alpha=alpha)
 
 
 def count(recipe: Recipe, config: PreTrainedConfig) -> Parts:

@@ -191,8 +191,10 @@ class Plan:
         backbone = Backbone.of(model)
         found = {"detect": measure(backbone, recipe, None, None)}
         if recipe.detect.score == "saliency":
-            experts = sum(p.numel() * p.element_size() for p in backbone.expert_parameters().values())
-            found["detect"] = replace(found["detect"], gradients=experts)
+            asked = [*backbone.expert_parameters().values()]
+            asked += [p for layer in backbone.shared_parameters().values() for p in layer.values()]
+            gradients = sum(p.numel() * p.element_size() for p in asked)
+            found["detect"] = replace(found["detect"], gradients=gradients)
         found["evaluate"] = found["detect"]
         if recipe.method == "steermoe":
             return found

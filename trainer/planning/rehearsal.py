@@ -190,9 +190,7 @@ def _on_layers(
     if trained is not None:
         with trained.original() as original:
             modules += list(original.model.modules())
-        # The original routers lie outside the model on purpose.
-        twins: dict[str, nn.Module] = trained._routers._originals  # type: ignore[attr-defined]
-        for twin in twins.values():
+        for twin in trained.originals:
             modules += list(twin.modules())
             # torch cannot convert a module of fake tensors, and where these are it need not.
             vars(twin)["to"] = lambda *_: None
@@ -279,7 +277,8 @@ def _replies(model: PreTrainedModel, shape: Shape) -> None:
 def _saliency(backbone: Backbone, shape: Shape) -> Tensor:
     """`detection.saliency.refusal_loss` over all experts."""
     backbone.model.requires_grad_(False)
-    for parameter in backbone.expert_parameters().values():
+    shared = [parameter for layer in backbone.shared_parameters().values() for parameter in layer.values()]
+    for parameter in (*backbone.expert_parameters().values(), *shared):
         parameter.requires_grad_(True)
     inputs = _inputs(shape)
     logits_BSV = backbone.model(**inputs, use_cache=False).logits

@@ -102,6 +102,9 @@ def what_changed(run: Artefacts) -> Facts:
     if diagnostics.get("experts_changed") is not None:
         changed, of = diagnostics["experts_changed"], diagnostics.get("experts_total") or total
         facts.append(("Experts whose weights differ from the original", _of(changed, of)))
+    if run.expert_set.get("shared_experts"):
+        changed, of = diagnostics.get("shared_experts_changed", 0), len(run.expert_set["shared_experts"])
+        facts.append(("Shared experts of the set whose weights differ from the original", _of(changed, of)))
     if diagnostics.get("gate_weights_changed") is not None:
         share = float(diagnostics["gate_weights_changed"])
         facts.append(("Gate weights that differ", percent(share) if share <= 1 else f"{share:,.0f}"))
@@ -146,11 +149,15 @@ def _of(part: float, whole: float | None) -> str:
 
 
 def experts_by_layer(run: Artefacts) -> list[tuple[int, str]]:
-    """`(layer, "3, 17, 40")` for every layer that holds a critical expert."""
+    """`(layer, "3, 17, 40")` for every layer that holds a critical expert; `shared` where its shared expert trains."""
     layers: dict[int, list[int]] = {}
     for member in run.expert_set.get("members") or []:
         layers.setdefault(int(member["layer"]), []).append(int(member["expert"]))
-    return [(layer, ", ".join(map(str, sorted(experts)))) for layer, experts in sorted(layers.items())]
+    shared = run.expert_set.get("shared_experts") or []
+    return [
+        (layer, ", ".join([*map(str, sorted(experts)), *(["shared"] if layer in shared else [])]))
+        for layer, experts in sorted(layers.items())
+    ]
 
 
 def pairs(run: Artefacts) -> Facts:
