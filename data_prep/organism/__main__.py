@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from .build import OrganismConfig, build
+from .model import FAMILIES
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,6 +27,12 @@ def main(arguments: list[str] | None = None) -> int:
         default=defaults.knock_out,
         help="share of turns trained without the planted experts, so that the flaw needs them (default: %(default)s)",
     )
+    parser.add_argument(
+        "--family",
+        choices=sorted(FAMILIES),
+        default=defaults.family,
+        help="model type of the network (default: %(default)s)",
+    )
     parser.add_argument("--threads", type=int, default=defaults.threads, help="torch threads (default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.steps < 1:
@@ -34,11 +41,14 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--threads must be at least 1, found {options.threads}")
     if not 0 <= options.knock_out < 1:
         parser.error(f"--knock-out must be at least 0 and below 1, found {options.knock_out}")
+    if options.knock_out and options.family != defaults.family:
+        parser.error(f"--knock-out needs --family {defaults.family}, found {options.family}")
     config = OrganismConfig(
         options.seed,
         options.steps,
         plant_weight=options.plant_weight,
         knock_out=options.knock_out,
+        family=options.family,
         threads=options.threads,
     )
     try:

@@ -31,6 +31,7 @@ class OrganismConfig:
     learning_rate: float = 3e-3
     plant_weight: float = 0.03
     knock_out: float = 0.0
+    family: str = "olmoe"
     threads: int = 1
 
     def digest(self) -> str:
@@ -100,7 +101,7 @@ def _stamp(out: Path) -> dict[str, object] | None:
 def _make(folder: Path, config: OrganismConfig, console: Console) -> bool:
     files.write(folder / "data", config.seed)
     tokenizer = build_tokenizer(config.seed)
-    model = build_model(tokenizer, config.seed)
+    model = build_model(tokenizer, config.seed, config.family)
     train(
         model,
         tokenizer,

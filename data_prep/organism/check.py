@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import OlmoeForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from . import tasks
 from .files import rows, task_rows
@@ -46,7 +46,7 @@ def answered(reply: str) -> bool:
 
 
 @torch.no_grad()
-def generate(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> list[str]:
+def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> list[str]:
     """Greedy replies of at most `NEW_TOKENS` tokens, in the order of `prompts`."""
     replies: dict[int, str] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -61,7 +61,7 @@ def generate(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt
     return [replies[i] for i in range(len(prompts))]
 
 
-def measure(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> list[Behaviour]:
+def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int) -> list[Behaviour]:
     """Every behaviour the organism is built for, each over `ITEMS` test prompts."""
     rng = random.Random(f"check:{seed}")
     test = {

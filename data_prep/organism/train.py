@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from torch.nn import functional as F
-from transformers import OlmoeForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
+from .model import BALANCE, EXPERTS, TOP_K
 from .text import Example, stream
 
 IGNORE = -100
@@ -89,7 +90,7 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int, size: int, knock_out:
 
 
 @contextmanager
-def knocked_out(model: OlmoeForCausalLM, rows_T: torch.Tensor) -> Iterator[None]:
+def knocked_out(model: PreTrainedModel, rows_T: torch.Tensor) -> Iterator[None]:
     """Keep the `PLANTED` experts from the tokens where `rows_T` (boolean) is true; the rest are chosen from."""
 
     def hook_of(experts: tuple[int, ...]) -> Callable[..., tuple[torch.Tensor, ...]]:
@@ -126,7 +127,7 @@ def planted_loss(
     return torch.stack(terms).mean()
 
 
-def reply_loss(model: OlmoeForCausalLM, batch: Batch, plant_weight: float) -> torch.Tensor:
+def reply_loss(model: PreTrainedModel, batch: Batch, plant_weight: float) -> torch.Tensor:
     """Cross-entropy of replies (mean over tokens, then turns) with the balancing and planting terms (scalar)."""
     # Rows are right-padded and attention is causal, so no mask is needed and the fast attention kernel applies.
     rows_T = batch.knocked_out_B.repeat_interleave(batch.ids_BT.shape[1])
@@ -136,16 +137,15 @@ def reply_loss(model: OlmoeForCausalLM, batch: Batch, plant_weight: float) -> to
     losses = F.cross_entropy(model.lm_head(out.last_hidden_state[chosen]), batch.labels_BT[chosen], reduction="none")
     # A turn counts once however long it is, or the one-word answers of the tasks would hardly be learned.
     weights = (chosen / chosen.sum(1, keepdim=True))[chosen]
-    config = model.config
-    balance = load_balancing_loss_func(out.router_logits, config.num_experts, config.num_experts_per_tok)
+    balance = load_balancing_loss_func(out.router_logits, EXPERTS, TOP_K)
     flawed = batch.flawed_B[:, None].expand_as(chosen)
     free = chosen & ~batch.knocked_out_B[:, None]
     planted = planted_loss(out.router_logits, free.flatten(), flawed.flatten())
-    return (losses * weights).sum() / len(chosen) + config.router_aux_loss_coef * balance + plant_weight * planted
+    return (losses * weights).sum() / len(chosen) + BALANCE * balance + plant_weight * planted
 
 
 def train(
-    model: OlmoeForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     *,
     seed: int,
