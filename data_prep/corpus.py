@@ -68,7 +68,8 @@ def _take(rows: list[Loaded], wanted: int | str, used: set[int], rng: random.Ran
 
 def _split(name: str, config: SourceConfig, seed: int, notes: list[str]) -> Split:
     def read(path: str) -> list[Loaded]:
-        return load(config.format, Source(path, kind, config.column, config.revision, config.hub_split))
+        at = (config.revision, config.hub_split, config.hub_config)
+        return load(config.format, Source(path, kind, config.column, *at))
 
     kind: Kind = name  # type: ignore[assignment]
     train_rows = read(config.path)
@@ -112,7 +113,8 @@ def _tasks(configs: list[TaskConfig], seed: int) -> list[Task]:
     tasks = []
     for config in configs:
         where = f"data.capability {config.name!r} ({config.path})"
-        source = Source(config.path, "capability", config.column, config.revision, config.hub_split)
+        at = (config.revision, config.hub_split, config.hub_config)
+        source = Source(config.path, "capability", config.column, *at)
         rows = load(config.format, source)
         chosen = _take(rows, config.test, set(), random.Random(f"task:{config.name}:{seed}"), where)
         missing = next((i for i, row in chosen if not row.answer), None)

@@ -30,6 +30,7 @@ class Source:
     column: str | None = None
     revision: str | None = None
     hub_split: str = "train"
+    hub_config: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def _read_hub(source: Source) -> list[Row]:
     from datasets.exceptions import DatasetNotFoundError
 
     try:
-        data = load_dataset(source.path, split=source.hub_split, revision=source.revision)
+        data = load_dataset(source.path, source.hub_config, split=source.hub_split, revision=source.revision)
     except (DatasetNotFoundError, ConnectionError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{source.path} is no local file, and the Hub gave no data set: {reason}") from error

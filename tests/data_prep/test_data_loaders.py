@@ -99,18 +99,19 @@ def test_missing_file_never_asks_the_hub(path: str) -> None:
         texts("records", path)
 
 
-def test_hub_data_sets_are_asked_by_name_split_and_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_data_sets_are_asked_by_name_configuration_split_and_revision(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     asked = []
 
-    def fake(path: str, split: str, revision: str | None) -> list[dict[str, str]]:
-        asked.append((path, split, revision))
+    def fake(path: str, name: str | None, split: str, revision: str | None) -> list[dict[str, str]]:
+        asked.append((path, name, split, revision))
         return [{"prompt": "one"}]
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
-    assert texts("records", "owner/name", hub_split="test", revision="abc") == ["one"]
-    assert asked == [("owner/name", "test", "abc")]
+    assert texts("records", "owner/name", hub_split="test", revision="abc", hub_config="main") == ["one"]
+    assert texts("records", "owner/name") == ["one"]
+    assert asked == [("owner/name", "main", "test", "abc"), ("owner/name", None, "train", None)]
 
 
 def test_hub_failure_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
