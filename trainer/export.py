@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -29,6 +28,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from data_prep.errors import UserError
 from trainer.checkpoint_files import INDEX, SINGLE, CheckpointFiles, bits
+from trainer.loading import read_model, skeleton
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet
 from trainer.run_files import tensor_errors_as_oserror, write_tensors
@@ -131,27 +131,27 @@ def audit_files(base: Path, folder: Path, expert_set: ExpertSet | None) -> dict[
     Raises:
         UserError: a folder that holds no readable safetensors checkpoint.
     """
-    skeleton = _skeleton(folder)
+    model = skeleton(AutoConfig.from_pretrained(folder))
     with CheckpointFiles(base) as before, CheckpointFiles(folder) as after:
         if after.file_of.keys() - before.file_of.keys():
             return _compare_models(base, folder, expert_set)
         moved = _Moved(expert_set)
-        where = _Places(skeleton, after.file_of)
+        where = _Places(model, after.file_of)
         for name in sorted(after.file_of):
             moved.add(name, where, before.tensor(name), after.tensor(name))
         dropped = sorted(before.file_of.keys() - after.file_of.keys())
         if dropped:
-            loaded = _Places(skeleton, before.file_of).targets
-            exported = set(where.targets.values()) | _tied(skeleton)
-            known = skeleton.state_dict().keys()
+            loaded = _Places(model, before.file_of).targets
+            exported = set(where.targets.values()) | _tied(model)
+            known = model.state_dict().keys()
             moved.outside += [n for n in dropped if loaded[n] in known and loaded[n] not in exported]
     return moved.summary(where.total, "files") | {"not_exported": [n for n in dropped if n not in moved.outside]}
 
 
 def _compare_models(base: Path, folder: Path, expert_set: ExpertSet | None) -> dict[str, Any]:
     """The same, parameter by parameter of two loaded models."""
-    after = _load(folder, "auto")
-    before = _load(base, after.dtype)
+    after = read_model(folder, "auto")
+    before = read_model(base, after.dtype)
     old = dict(before.named_parameters()) | dict(before.named_buffers())
     new = dict(after.named_parameters()) | dict(after.named_buffers())
     moved = _Moved(expert_set, outside=sorted(old.keys() ^ new.keys()))
@@ -268,28 +268,6 @@ def _tied(model: PreTrainedModel) -> set[str]:
     return set(getattr(model, "all_tied_weights_keys", {}))
 
 
-def _class_of(config: Any, folder: Path) -> Any:
-    name = (config.architectures or ["nothing"])[0]
-    found = getattr(transformers, name, None)
-    if found is None:
-        raise UserError(f"{folder / 'config.json'}: architectures names {name!r}, which transformers does not have")
-    return found
-
-
-def _skeleton(folder: Path) -> PreTrainedModel:
-    """The model of a checkpoint without its weights."""
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        model: PreTrainedModel = _class_of(config, folder)(config)
-    return model
-
-
-def _load(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
-    kind = _class_of(AutoConfig.from_pretrained(folder), folder)
-    model: PreTrainedModel = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-    return model.eval()
-
-
 # --- whether it reads back ------------------------------------------------------------------------
 
 
@@ -302,7 +280,7 @@ def reload_check(
     Returns:
         `reload_max_logit_difference` and `reload_ok`.
     """
-    reloaded = _load(folder, dtype).to(device)
+    reloaded = read_model(folder, dtype).to(device)
     found = reloaded(input_ids=ids.to(device), use_cache=False).logits
     difference = (found.float() - logits.to(device).float()).abs().max().item()
     return {"reload_max_logit_difference": difference, "reload_ok": difference <= RELOAD_TOLERANCE}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     Mxfp4Config,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -50,23 +52,60 @@ def load(section: ModelSection, device: torch.device | None = None) -> tuple[Pre
         raise UserError(
             f"model.name_or_path: {name!r} is no folder here and no Hub id; allowed: a folder, or owner/name"
         )
-    common = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
     _refuse_pickles(name, section.revision)
-    tokenizer = AutoTokenizer.from_pretrained(name, **common)
+    tokenizer = AutoTokenizer.from_pretrained(
+        name, revision=section.revision, trust_remote_code=section.trust_remote_code
+    )
     if tokenizer.chat_template is None:
         raise UserError(
             f"model.name_or_path: the tokenizer of {name!r} has no chat template; use a chat-tuned checkpoint"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    config = AutoConfig.from_pretrained(name, **common)
     dtype = section.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
-    model = class_of(config, section.trust_remote_code).from_pretrained(
-        name, config=config, dtype=dtype, use_safetensors=True, **_unpacked(name, config), **common
-    )
+    model = read_model(name, dtype, revision=section.revision, trust_remote_code=section.trust_remote_code)
     if section.quantization is not None:
         device = torch.device("cpu")
-    return model.to(device or PartialState().device).eval(), tokenizer
+    return model.to(device or PartialState().device), tokenizer
+
+
+def read_model(
+    name: str | Path, dtype: torch.dtype | str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model of a folder or Hub id in evaluation mode, whole, on the CPU; one stored in MXFP4 as plain tensors.
+
+    Raises:
+        UserError: weights in another quantised format.
+    """
+    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(name, **common)
+    unpacked = _unpacked(str(name), config)
+    model: PreTrainedModel = class_of(config, trust_remote_code).from_pretrained(
+        name, config=config, dtype=dtype, use_safetensors=True, **unpacked, **common
+    )
+    if unpacked:
+        # The rules of the load would name the plain tensors `..._blocks` when they are written, and nothing could load
+        # them (huggingface/transformers#44983); without them those of the class hold.
+        model._weight_conversions = None
+    return model.eval()
+
+
+def skeleton(
+    config: PreTrainedConfig, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model of a configuration on the meta device: tensors have shapes and no bytes."""
+    kind, config = class_of(config, trust_remote_code), copy.deepcopy(config)
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with torch.device("meta"):
+            if kind is AutoModelForCausalLM:
+                model: PreTrainedModel = kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            else:
+                model = kind._from_config(config, dtype=dtype)
+    finally:
+        logging.set_verbosity(level)
+    return model.eval()
 
 
 def _refuse_pickles(name: str, revision: str | None) -> None:
@@ -81,8 +120,8 @@ def _refuse_pickles(name: str, revision: str | None) -> None:
         )
 
 
-def class_of(config: Any, trust_remote_code: bool) -> Any:
-    """The class that the checkpoint names: AutoModelForCausalLM would leave a vision tower behind."""
+def class_of(config: PreTrainedConfig, trust_remote_code: bool) -> Any:
+    """The class that a checkpoint names, where transformers has it: AutoModelForCausalLM drops a vision tower."""
     if trust_remote_code and getattr(config, "auto_map", None):
         return AutoModelForCausalLM
     return getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)

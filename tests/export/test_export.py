@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, OlmoeForCausalLM, PreTrainedModel
 
 from data_prep.errors import UserError
 from tests.export.conftest import Repaired, change
 from tests.moe.families import FAMILIES, Family
+from tests.mxfp4 import pack
 from tests.tiny import tiny_model, tiny_tokenizer, token_ids
 from trainer.checkpoint_files import CheckpointFiles
 from trainer.export import audit_files, reload_check, save_checkpoint
+from trainer.loading import read_model
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet, Member
 
@@ -111,6 +113,31 @@ def test_a_base_in_an_older_format_is_compared_as_a_loaded_model(moved: bool, tm
 
 
 # --- reading it back ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_base_in_mxfp4_is_compared_with_the_plain_tensors_it_stands_for(moved: bool, tmp_path: Path) -> None:
+    save_checkpoint(tiny_model("gpt_oss"), tiny_tokenizer(), tmp_path / "base")
+    pack(tmp_path / "base")
+    model = read_model(tmp_path / "base", "auto")
+    experts = change(model, [(0, 1), (2, 7)])
+    if moved:
+        model.model.norm.weight.data[0] += 1
+    save_checkpoint(model, tiny_tokenizer(), tmp_path / "exported")
+    audit = audit_files(tmp_path / "base", tmp_path / "exported", experts)
+    assert (audit["compared"], audit["experts_changed"]) == ("models", 2)
+    assert audit["moved_outside"] == (["model.norm.weight"] if moved else [])
+    assert reloaded(model, tmp_path / "exported", model(token_ids()).logits)["reload_ok"]
+
+
+def test_a_base_may_name_a_class_that_transformers_calls_otherwise(repaired: Repaired) -> None:
+    """Phi-3.5-MoE's configuration says PhiMoEForCausalLM."""
+    base, exported, experts = repaired("olmoe")
+    for folder in (base, exported):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"architectures": ["OLMoeForCausalLM"]}))
+    assert audit_files(base, exported, experts)["untouched_identical"]
+    assert isinstance(read_model(base, "auto"), OlmoeForCausalLM)
 
 
 def reloaded(model: PreTrainedModel, folder: Path, logits: torch.Tensor) -> dict[str, object]:
@@ -222,6 +249,7 @@ import sys, threading, time, pathlib, torch, psutil
 from transformers import OlmoeConfig, OlmoeForCausalLM
 from tests.tiny import tiny_tokenizer
 from trainer.export import audit_files, save_checkpoint
+from trainer.loading import read_model
 from trainer.moe.backbone import Backbone
 folder = pathlib.Path(sys.argv[1])
 config = OlmoeConfig(hidden_size=256, intermediate_size=512, num_experts=24, num_hidden_layers=8, vocab_size=512,

@@ -6,16 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from data_prep.errors import UserError
 from tests.moe.families import FAMILIES
+from tests.mxfp4 import pack
 from tests.tiny import tiny_model, tiny_tokenizer, token_ids
 from trainer.loading import load
 from trainer.moe.backbone import Backbone
 from trainer.recipe import ModelSection
-
-FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
 def section(folder: Path, **keys: str) -> ModelSection:
@@ -90,22 +88,7 @@ def test_a_model_to_be_quantised_comes_whole_and_on_the_cpu(checkpoint: Path) ->
 
 def test_a_checkpoint_in_mxfp4_is_loaded_as_plain_tensors(tmp_path: Path) -> None:
     folder = saved("gpt_oss", tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
-    config |= {"hidden_size": 32, "intermediate_size": 32, "dtype": "bfloat16"}
-    (folder / "config.json").write_text(json.dumps(config))
-    state = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
-    wanted = {}
-    for name in [name for name in state if name.endswith(("gate_up_proj", "down_proj"))]:
-        experts, width = state.pop(name).shape[0], 64 if name.endswith("gate_up_proj") else 32
-        state[name + "_bias"] = torch.zeros(experts, width, dtype=torch.bfloat16)
-        blocks_EOGB = torch.randint(0, 256, (experts, width, 1, 16), dtype=torch.uint8)
-        scales_EOG = torch.randint(125, 130, (experts, width, 1), dtype=torch.uint8)
-        state |= {name + "_blocks": blocks_EOGB, name + "_scales": scales_EOG}
-        halves = torch.stack([blocks_EOGB & 15, blocks_EOGB >> 4], -1).flatten(-2).long()
-        values = torch.tensor(FP4)[halves] * 2.0 ** (scales_EOG.float() - 127).unsqueeze(-1)
-        wanted[name] = values.flatten(2).transpose(1, 2)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    wanted = pack(folder)
     model, _ = load(section(folder))
     found = Backbone.of(model).check().expert_parameters()
     for name, values in wanted.items():

@@ -8,17 +8,15 @@ Shapes: N critical experts, E experts of a layer.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from data_prep.errors import UserError
-from trainer.loading import class_of
+from trainer import loading
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet, Member
 from trainer.moe.experts import FusedExperts, SplitModel
@@ -84,22 +82,7 @@ def dtype_of(section: ModelSection, config: PreTrainedConfig) -> torch.dtype:
 
 def skeleton(section: ModelSection, config: PreTrainedConfig) -> PreTrainedModel:
     """The model on the meta device, in the type that a run loads it in."""
-    named = class_of(config, section.trust_remote_code)
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with torch.device("meta"):
-            if named is AutoModelForCausalLM:
-                model: PreTrainedModel = named.from_config(
-                    copy.deepcopy(config),
-                    dtype=dtype_of(section, config),
-                    trust_remote_code=section.trust_remote_code,
-                )
-            else:
-                model = named._from_config(copy.deepcopy(config), dtype=dtype_of(section, config))
-    finally:
-        logging.set_verbosity(level)
-    return model.eval()
+    return loading.skeleton(config, dtype_of(section, config), trust_remote_code=section.trust_remote_code)
 
 
 def critical_counts(recipe: Recipe, backbone: Backbone) -> list[int]:
