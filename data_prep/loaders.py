@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import UserError, unknown
+from .json_lines import read_json_lines
 from .schema import Kind
 
 Row = dict[str, object]
@@ -63,10 +64,12 @@ def _read_file(path: Path) -> list[Row]:
 
         return [dict(row) for row in Dataset.from_parquet(str(path))]
     try:
+        if path.suffix == ".jsonl":
+            return [row for _, row in read_json_lines(path)]
         with path.open(encoding="utf-8-sig", newline="") as file:
             if path.suffix == ".csv":
                 return [dict(row) for row in csv.DictReader(file)]
-            data = [json.loads(line) for line in file if line.strip()] if path.suffix == ".jsonl" else json.load(file)
+            data = json.load(file)
     except (json.JSONDecodeError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as {path.suffix[1:]}: {error}") from error
     if not isinstance(data, list) or not all(isinstance(row, dict) for row in data):

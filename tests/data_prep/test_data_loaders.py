@@ -132,3 +132,13 @@ def test_formats_are_those_of_the_recipe() -> None:
     from data_prep.config import SourceFormat
 
     assert set(FORMATS) == set(get_args(SourceFormat))
+
+
+def test_a_line_of_json_ends_where_the_file_says(tmp_path: Path) -> None:
+    """Texts may hold Unicode's own line separators, which `str.splitlines` would cut at."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "one\u2028two"}, ensure_ascii=False) + "\r\n\n{not\n")
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 3: not valid JSON"):
+        texts("records", str(path))
+    path.write_text(json.dumps({"prompt": "one\u2028two"}, ensure_ascii=False) + "\r\n")
+    assert texts("records", str(path)) == ["one\u2028two"]

@@ -8,7 +8,6 @@ Shapes: P pairs, L MoE layers, E experts.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from data_prep.errors import UserError, unknown
+from data_prep.json_lines import read_json_lines
 from data_prep.schema import Prompt
 from trainer.chat import ChatTurn, encode, pad_id
 from trainer.detection.counts import Counts, Side, count_turns
@@ -158,20 +158,8 @@ def _per_token(side: Side, sums_PLE: Any) -> Any:
 
 def _rows(path: Path, needed: tuple[str, ...], optional: tuple[str, ...]) -> list[tuple[str, dict[str, Any]]]:
     """(id, row) of a JSON Lines file; the id is the row's own, or its line number."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not valid JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: expected an object, found {type(row).__name__}")
+    for number, row in read_json_lines(path):
         name = str(row.get("id", f"line {number}"))
         missing = [key for key in needed if key not in row]
         if missing:

@@ -8,7 +8,7 @@ whole. Reading, writing and forward passes are collective: every process takes p
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -41,15 +41,21 @@ def size(parameter: Tensor) -> int:
     return int(getattr(parameter, "ds_numel", getattr(parameter, "whole_numel", parameter.numel())))
 
 
+def _zero3_whole(parameters: list[Tensor], modifier_rank: int | None = None) -> AbstractContextManager[None]:
+    """Inside, ZeRO-3's parameters are whole; afterwards every process has what `modifier_rank` wrote."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    gathering: AbstractContextManager[None] = GatheredParameters(parameters, modifier_rank=modifier_rank)
+    return gathering
+
+
 @torch.no_grad()
 def whole(parameter: Tensor) -> Tensor:
     """The whole parameter, detached, on its device; the parameter itself where it is not sharded. Collective."""
     if isinstance(parameter, DTensor):
         return parameter.full_tensor().detach()
     if is_partitioned(parameter):
-        from deepspeed.runtime.zero import GatheredParameters
-
-        with GatheredParameters([parameter]):
+        with _zero3_whole([parameter]):
             return parameter.detach().clone()
     return parameter.detach()
 
@@ -62,9 +68,7 @@ def assign(parameter: Tensor, value: Tensor) -> None:
         # Every process holds the value, so none has to send it.
         parameter.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None))
     elif is_partitioned(parameter):
-        from deepspeed.runtime.zero import GatheredParameters
-
-        with GatheredParameters([parameter], modifier_rank=0):
+        with _zero3_whole([parameter], modifier_rank=0):
             parameter.data.copy_(value)
     else:
         parameter.copy_(value)
@@ -76,9 +80,7 @@ def gathered(backbone: Backbone, module: nn.Module) -> Iterator[None]:
     if not is_sharded(module):
         yield
     elif partitions(module):
-        from deepspeed.runtime.zero import GatheredParameters
-
-        with GatheredParameters(list(module.parameters())):
+        with _zero3_whole(list(module.parameters())):
             yield
     else:
         unit: Any = next(unit for unit in units(backbone) if any(module is inner for inner in unit.modules()))
@@ -166,10 +168,8 @@ class GatheredForward:
 
     def _gather(self, module: nn.Module, _args: object) -> None:
         if self.active:
-            from deepspeed.runtime.zero import GatheredParameters
-
             self._open[id(module)] = stack = ExitStack()
-            stack.enter_context(GatheredParameters(list(module.parameters())))
+            stack.enter_context(_zero3_whole(list(module.parameters())))
 
     def _release(self, module: nn.Module, _args: object, _output: object) -> None:
         stack = self._open.pop(id(module), None)

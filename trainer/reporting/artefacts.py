@@ -9,6 +9,7 @@ import pandas as pd
 import yaml
 
 from data_prep.errors import UserError
+from data_prep.json_lines import read_json_lines
 
 
 @dataclass
@@ -61,7 +62,7 @@ def read(run_dir: Path) -> Artefacts:
     if _present(found, run_dir / "manifest.json"):
         found.manifest = _object(run_dir / "manifest.json")
     if _present(found, run_dir / "pairs.jsonl"):
-        found.pairs = _lines(run_dir / "pairs.jsonl")
+        found.pairs = [row for _, row in read_json_lines(run_dir / "pairs.jsonl")]
     if _present(found, activations_path):
         found.activations = pd.read_parquet(activations_path)
     if _present(found, run_dir / "expert_set.json"):
@@ -107,21 +108,6 @@ def _log(path: Path) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
         raise UserError(f"{path}: expected a list of objects, as in the trainer's log_history")
     return value
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number} is not valid JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: expected an object, found {type(row).__name__}")
-        rows.append(row)
-    return rows
 
 
 def _yaml(path: Path, text: str) -> dict[str, Any]:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from trainer.portable import is_local, portable, portable_tree
 from trainer.reporting import sections
 from trainer.reporting.artefacts import Artefacts
 from trainer.reporting.figures import Figure, collect
+from trainer.reporting.templates import template
 from trainer.reporting.verdict import cautions, headline
 
 _TEMPLATE = "card.md.j2"
@@ -47,16 +46,7 @@ def model_card(run: Artefacts, repo: str, licence: Licence, *, has_model: bool, 
     base = str((run.recipe.get("model") or {}).get("name_or_path") or run.expert_set.get("model") or "unknown")
     verdict, sentences = headline(figures)
     rows = [sections.table_row(figure) for figure in figures]
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # it is Markdown; the filter `cell` escapes that
-    )
-    environment.filters |= {"cell": _cell, "rate": _rate}
-    return environment.get_template(_TEMPLATE).render(
+    return template(_TEMPLATE, escape=False, cell=_cell, rate=_rate).render(
         metadata=_metadata(run, figures, base, repo, licence, has_model).to_yaml(),
         title=repo.partition("/")[2],
         repo=repo,

@@ -18,12 +18,12 @@ What is read, all but the first optional; keys that a file lacks are left out of
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from trainer.reporting import plots, sections, steering_section
 from trainer.reporting.artefacts import Artefacts, read
 from trainer.reporting.figures import Figure, collect, control_metrics
+from trainer.reporting.templates import template
 from trainer.reporting.verdict import cautions, headline
 
 _TEMPLATE = "report.html.j2"
@@ -46,14 +46,7 @@ def _render(run: Artefacts) -> str:
     figures = collect(run.evaluation)
     verdict, sentences = headline(figures)
     steering = steering_section.facts(run)
-    template = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    ).get_template(_TEMPLATE)
-    return template.render(
+    return template(_TEMPLATE, escape=True).render(
         title=run.manifest.get("name") or run.folder.resolve().name,
         kind="steering" if steering else "repair",
         about=sections.about(run),
