@@ -143,6 +143,20 @@ def test_another_number_of_processes_is_refused_in_the_middle_of_a_stage(
     assert "interrupted under 2 processes, found 1; go on with 2, or remove" in line
 
 
+@pytest.mark.slow
+def test_another_engine_is_refused_in_the_middle_of_a_stage(small: Callable[..., Path], tmp_path: Path) -> None:
+    """ZeRO-2 and FSDP2 cut the optimiser's states otherwise; the same engine goes on afterwards."""
+    recipe = recipe_for(small, "zero2")
+    run("zero2", tmp_path, recipe, kill=f"{POINTS['after a checkpoint']}:KILL")
+    refused = run("fsdp2", tmp_path, recipe)
+    assert refused.returncode == 1, "torch.distributed.run's code for any failure"
+    lines = [line for line in refused.stderr.splitlines() if "error: " in line and "optimiser states" in line]
+    assert lines and "are those of zero2, found fsdp2; go on with zero2, or remove" in lines[0]
+    resumed = run("zero2", tmp_path, recipe)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert "repair from step 2: 4 ..." in resumed.stderr
+
+
 def test_finished_stages_are_kept_under_another_number_of_processes(
     small: Callable[..., Path], tmp_path: Path
 ) -> None:

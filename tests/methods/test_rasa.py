@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data_prep.organism.build import Organism
+from data_prep.organism.build import Organism, OrganismConfig, build
+from data_prep.organism.model import FAMILIES
 from trainer.cli import main
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet
@@ -195,13 +196,38 @@ def test_steering_is_measured_beside_the_repair_when_asked(small: Small, tmp_pat
     assert "SteerMoE" in (folder / "report.html").read_text()
 
 
+def recipe_for(organism: Organism, root: Path, tmp_path: Path) -> Path:
+    """The shipped recipe for another organism than the default one."""
+    assert organism.passed
+    recipe = tmp_path / "rasa.yaml"
+    recipe.write_text((root / "recipes/organism/rasa.yaml").read_text().replace(".cache/organism", str(organism.path)))
+    return recipe
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_other_seeds_reach_the_targets_too(seed: int, root: Path, tmp_path: Path) -> None:
-    from data_prep.organism.build import OrganismConfig, build
-
-    built = build(root / ".cache" / f"organism-{seed}", OrganismConfig(seed=seed))
-    recipe = tmp_path / "rasa.yaml"
-    recipe.write_text((root / "recipes/organism/rasa.yaml").read_text().replace(".cache/organism", str(built.path)))
-    run("run", recipe, f"run.output_dir={tmp_path}", f"run.seed={seed}")
+    organism = build(root / ".cache" / f"organism-{seed}", OrganismConfig(seed=seed))
+    run("run", recipe_for(organism, root, tmp_path), f"run.output_dir={tmp_path}", f"run.seed={seed}")
     check_targets(json.loads((tmp_path / "organism-rasa" / "evaluation.json").read_text()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "olmoe"])
+def test_organisms_of_other_families_reach_the_targets_too(family: str, root: Path, tmp_path: Path) -> None:
+    organism = build(root / ".cache" / f"organism-{family}", OrganismConfig(family=family))
+    run("run", recipe_for(organism, root, tmp_path), f"run.output_dir={tmp_path}")
+    check_targets(json.loads((tmp_path / "organism-rasa" / "evaluation.json").read_text()))
+
+
+@pytest.mark.slow
+def test_shared_experts_are_repaired_reported_and_audited_when_asked(root: Path, tmp_path: Path) -> None:
+    organism = build(root / ".cache" / "organism-qwen2_moe", OrganismConfig(family="qwen2_moe"))
+    changes = ["detect.shared_experts=true", "evaluate.random_control=false"]
+    run("run", recipe_for(organism, root, tmp_path), f"run.output_dir={tmp_path}", *changes)
+    folder = tmp_path / "organism-rasa"
+    layers = ExpertSet.load(folder / "expert_set.json").shared
+    audit = json.loads((folder / "audit.json").read_text())
+    assert audit["untouched_identical"] and audit["shared_experts_changed"] == len(layers) > 0
+    assert rate(json.loads((folder / "evaluation.json").read_text())["after"], "asr_unseen") <= 0.10
+    assert "Shared experts of the set" in (folder / "report.html").read_text()
