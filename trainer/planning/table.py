@@ -33,16 +33,20 @@ def show(plan: Plan) -> None:
 
     sizes = [plan.gpu_memory_gb] if plan.gpu_memory_gb is not None else list(CARDS)
     parts_shown = [name for name in Memory("", 0).parts() if any(_of(plan, name))]
-    columns = ["engine", "fullest stage", *parts_shown, "total", "with checkpointing", "host", *map(_fits, sizes)]
-    rows = []
+    by_part, fitting = [], []
     for engine in ENGINES:
         now, saving = plan.per_gpu(engine), plan.per_gpu(engine, True)
-        answers = [_answer(plan, engine, size) for size in sizes]
-        figures = [_gb(now.parts()[name]) for name in parts_shown]
-        figures += [_gb(now.total), _gb(saving.total), _gb(plan.host_memory(engine))]
-        rows.append([engine, now.stage, *figures, *answers])
+        by_part.append([engine, now.stage, *(_gb(now.parts()[name]) for name in parts_shown), _gb(now.total)])
+        totals = [_gb(total) for total in (now.total, saving.total, plan.host_memory(engine))]
+        fitting.append([engine, *totals, *(_answer(plan, engine, size) for size in sizes)])
     where = f"{plan.gpus} GPU{'s' if plan.gpus > 1 else ''} a node, {plan.nodes} node{'s' if plan.nodes > 1 else ''}"
-    table(f"memory of one GPU in GB at the fullest stage, and of a node's host ({where})", columns, rows)
+    table(
+        f"memory of one GPU in GB at the fullest stage ({where})",
+        ["engine", "fullest stage", *parts_shown, "total"],
+        by_part,
+    )
+    columns = ["engine", "total", "with checkpointing", "host", *(f"{size:g} GB" for size in sizes)]
+    table("which engine fits; host: memory of a node, in GB", columns, fitting)
 
     for size in sizes:
         _recommend(plan, size)
@@ -68,10 +72,6 @@ def _recommend(plan: Plan, size: float) -> None:
 
 def _of(plan: Plan, name: str) -> Iterable[int]:
     return (plan.per_gpu(engine).parts()[name] for engine in ENGINES)
-
-
-def _fits(size: float) -> str:
-    return f"fits {size:g} GB"
 
 
 def _answer(plan: Plan, engine: str, size: float) -> str:
