@@ -6,17 +6,21 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
+from transformers import PreTrainedTokenizerBase
 
 from data_prep.errors import UserError
+from trainer.loading import hollow, load, read_tokenizer
 from trainer.moe.backbone import Backbone
-from trainer.moe.sharding import shard_fsdp2, shard_zero3
-from trainer.run_process import from_rank_0, world_size
+from trainer.moe.scoring import Scoring
+from trainer.moe.sharding import shard_fsdp2, shard_zero3, spread
+from trainer.recipe import ModelSection
+from trainer.run_process import from_rank_0, rank, world_size
 
 Name = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 
@@ -33,17 +37,66 @@ class Engine:
         """Whether a model is split over the processes, so that a forward pass needs all of them."""
         return self.name in ("zero3", "fsdp2")
 
-    @property
-    def load_device(self) -> torch.device:
-        """Where a model is loaded to: a model that will be split never lies whole on one GPU."""
-        return torch.device("cpu") if self.shards else PartialState().device
+    def load(self, section: ModelSection) -> tuple[Backbone, PreTrainedTokenizerBase]:
+        """The model that a recipe names, its contract checked, to be split into experts and then over the processes.
+
+        Where the engine splits it, it lies on the CPU, and rank 0 alone reads the weights: the other processes hold
+        memory that was never written until `shard` fills their parts. Routers, shared experts and buffers, of which
+        originals are kept, are real everywhere. Collective.
+
+        Raises:
+            UserError, ValueError, OSError: as `loading.load` and `Backbone.check`, on every process.
+        """
+        if not self.shards:
+            model, tokenizer = load(section, PartialState().device)
+            return Backbone.of(model).check(), tokenizer
+        return _read_on_rank_0(section)
 
     def shard(self, backbone: Backbone) -> None:
-        """Split a whole model over the processes, where the engine does that."""
+        """Split rank 0's model over the processes, where the engine does that."""
         if self.name == "zero3":
             shard_zero3(backbone, self.zero_config, PartialState().device)
         elif self.name == "fsdp2":
             shard_fsdp2(backbone, PartialState().device)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What rank 0 tells the others about the model that it read."""
+
+    dtypes: dict[str, torch.dtype]
+    scorings: list[Scoring | None]
+    generation_config: Any
+
+
+def _read_on_rank_0(section: ModelSection) -> tuple[Backbone, PreTrainedTokenizerBase]:
+    if rank() == 0:
+        try:
+            model, tokenizer = load(section, torch.device("cpu"))
+            backbone = Backbone.of(model).check()
+        except Exception as error:  # told to the others, which wait for it
+            from_rank_0(str(error) or type(error).__name__)
+            raise
+        from_rank_0(_known(backbone))
+    else:
+        known: _Known | str = from_rank_0("")
+        if isinstance(known, str):
+            raise UserError(known)
+        tokenizer = read_tokenizer(section)
+        model = hollow(section, known.dtypes)
+        model.generation_config = known.generation_config
+        backbone = Backbone.of(model).adopt(known.scorings)
+    shared = [parameter for layer in backbone.shared_parameters().values() for parameter in layer.values()]
+    routers = [parameter for router in backbone.routers().values() for parameter in router.parameters()]
+    spread([*routers, *shared, *model.buffers()], PartialState().device)
+    return backbone, tokenizer
+
+
+def _known(backbone: Backbone) -> _Known:
+    model = backbone.model
+    dtypes = {name: held.dtype for name, held in (*model.named_parameters(), *model.named_buffers())}
+    scorings = [None if layer.scoring is None else replace(layer.scoring, factor_E=None) for layer in backbone]
+    return _Known(dtypes, scorings, model.generation_config)
 
 
 @cache

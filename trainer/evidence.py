@@ -16,6 +16,7 @@ from trainer.checkpoint_files import local_folder
 from trainer.console import is_main_process, say, table
 from trainer.evaluation.diagnostics import router_restore_gap, routing_drift
 from trainer.export import audit_files, reload_check, save_checkpoint
+from trainer.loading import load
 from trainer.moe.expert_set import ExpertSet
 from trainer.moe.experts import SplitModel
 from trainer.moe.quantised import fuse_into, is_quantised
@@ -124,7 +125,7 @@ def _stock(subject: Subject, trained: Trained) -> PreTrainedModel | None:
         trained.fuse()
         trained.model.cpu()
         return trained.model if is_main_process() else None
-    stock = subject.reloaded().model if is_main_process() else None
+    stock = load(subject.recipe.model, torch.device("cpu"))[0] if is_main_process() else None
     held = stock.state_dict() if stock is not None else {}
     for name, tensor in trained.stock_state():
         if stock is not None:

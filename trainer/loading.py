@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -47,6 +48,18 @@ def load(section: ModelSection, device: torch.device | None = None) -> tuple[Pre
             tokenizer without a chat template.
         OSError: transformers' own message where files are missing or the Hub cannot be reached.
     """
+    tokenizer = read_tokenizer(section)
+    dtype = section.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
+    model = read_model(
+        section.name_or_path, dtype, revision=section.revision, trust_remote_code=section.trust_remote_code
+    )
+    if section.quantization is not None:
+        device = torch.device("cpu")
+    return model.to(device or PartialState().device), tokenizer
+
+
+def read_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint whose weights may be read; raises as `load` does."""
     name = section.name_or_path
     if not Path(name).exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise UserError(
@@ -62,11 +75,7 @@ def load(section: ModelSection, device: torch.device | None = None) -> tuple[Pre
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    dtype = section.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
-    model = read_model(name, dtype, revision=section.revision, trust_remote_code=section.trust_remote_code)
-    if section.quantization is not None:
-        device = torch.device("cpu")
-    return model.to(device or PartialState().device), tokenizer
+    return tokenizer
 
 
 def read_model(
@@ -106,6 +115,30 @@ def skeleton(
     finally:
         logging.set_verbosity(level)
     return model.eval()
+
+
+def hollow(section: ModelSection, dtypes: dict[str, torch.dtype]) -> PreTrainedModel:
+    """The model on the CPU in memory that was never written, and so takes none, to be filled from another process.
+
+    Args:
+        dtypes: name -> type of every parameter and buffer of the model to be filled in.
+    """
+    config = AutoConfig.from_pretrained(
+        section.name_or_path, revision=section.revision, trust_remote_code=section.trust_remote_code
+    )
+    if _unpacked(section.name_or_path, config):
+        del config.quantization_config
+    model = skeleton(config, next(iter(dtypes.values())), trust_remote_code=section.trust_remote_code)
+    named = dict([*model.named_parameters(), *model.named_buffers()])
+    assert named.keys() == dtypes.keys(), sorted(named.keys() ^ dtypes.keys())
+    made = {id(held): torch.empty(held.shape, dtype=dtypes[name], device="cpu") for name, held in named.items()}
+    parameters = {id(held): nn.Parameter(made[id(held)]) for held in model.parameters()}  # tied ones stay tied
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            module._parameters[name] = None if parameter is None else parameters[id(parameter)]
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else made[id(buffer)]
+    return model
 
 
 def _refuse_pickles(name: str, revision: str | None) -> None:

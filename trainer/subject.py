@@ -17,7 +17,6 @@ from trainer.engine import Engine, engine
 from trainer.evaluation.generation import reply
 from trainer.evaluation.judge import RefusalJudge
 from trainer.evaluation.suite import Suite
-from trainer.loading import load
 from trainer.moe.backbone import Backbone
 from trainer.moe.quantised import quantise
 from trainer.recipe import Recipe, check_shared_experts
@@ -56,7 +55,7 @@ class Subject:
                 "allowed: single, ddp, zero1, zero2"
             )
         _refuse_optimisers(recipe)
-        backbone, tokenizer = _whole(recipe)
+        backbone, tokenizer = engine().load(recipe.model)
         check_shared_experts(recipe, backbone.model.config.model_type, backbone.shared_parameters())
         judge = RefusalJudge(recipe.evaluate.refusal_markers)
         suite = Suite(
@@ -82,8 +81,8 @@ class Subject:
         return self.engine.shards or self.recipe.model.quantization is not None
 
     def reloaded(self) -> Subject:
-        """The same with a fresh copy of the model, whole, to be split into trainable and frozen experts."""
-        backbone, tokenizer = _whole(self.recipe)
+        """The same with a fresh copy of the model, to be split into trainable and frozen experts. Collective."""
+        backbone, tokenizer = engine().load(self.recipe.model)
         return replace(self, backbone=backbone, tokenizer=tokenizer)
 
     @property
@@ -121,11 +120,6 @@ def _refuse_optimisers(recipe: Recipe) -> None:
                 f"{name}.optim: found {optim!r}, which cannot step parameters that fsdp2 splits; allowed: "
                 "adamw_torch, or another engine (single, ddp, zero1, zero2, zero3)"
             )
-
-
-def _whole(recipe: Recipe) -> tuple[Backbone, PreTrainedTokenizerBase]:
-    model, tokenizer = load(recipe.model, engine().load_device)
-    return Backbone.of(model).check(), tokenizer
 
 
 def _fingerprint(recipe: Recipe) -> str:

@@ -13,7 +13,18 @@ from torch import Tensor
 
 from tests.distributed.launching import start
 
-CASES = ["inference", "full", "lora", "gates", "accumulation", "checkpointing", "bf16", "shared", "shared_bf16"]
+CASES = [
+    "inference",
+    "full",
+    "lora",
+    "gates",
+    "accumulation",
+    "checkpointing",
+    "bf16",
+    "shared",
+    "shared_bf16",
+    "loaded",
+]
 FAST = ["zero3", "fsdp2"]
 SLOW = ["ddp", "zero1", "zero2", "zero3-offload"]
 ALL = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
@@ -50,7 +61,7 @@ def read(folder: Path, name: str) -> Any:
 
 
 @pytest.mark.parametrize("engine", ALL)
-@pytest.mark.parametrize("case", ["full", "lora", "gates", "accumulation", "checkpointing", "shared"])
+@pytest.mark.parametrize("case", ["full", "lora", "gates", "accumulation", "checkpointing", "shared", "loaded"])
 def test_losses_and_weights_equal_those_of_one_process(ran: Ran, engine: str, case: str) -> None:
     alone, together = ran("single"), ran(engine)
     losses, expected = read(together, f"{case}-0")["losses"], read(alone, f"{case}-0")["losses"]

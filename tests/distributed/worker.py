@@ -29,7 +29,8 @@ from trainer.moe.expert_set import ExpertSet, Member
 from trainer.moe.experts import SplitModel
 from trainer.moe.sharding import is_partitioned, size
 from trainer.moe.trained import Trained, WholeModel
-from trainer.run_process import rank, world_size
+from trainer.recipe import ModelSection
+from trainer.run_process import from_rank_0, rank, world_size
 from trainer.stages import checkpoint, watch
 from trainer.stages.consistency import ConsistencyOptions, ConsistencyRow, make_routing_consistent
 from trainer.stages.repair import RepairOptions, Row, repair_experts
@@ -72,6 +73,27 @@ def trained(
         if shared:
             experts = experts.with_shared(backbone.shared_parameters())
         model = SplitModel(backbone, experts, lora_rank=lora_rank)
+    engine().shard(model.backbone)
+    return model
+
+
+def loaded(folder: Path) -> Trained:
+    """A split model read from disk as a run reads it; embeddings and head are tied, and shared experts train."""
+    checkpoint = folder / "checkpoint"
+    if rank() == 0:
+        model = next(family for family in FAMILIES if family.model_type == "qwen2_moe").build()
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+        model.generation_config.max_new_tokens = 7
+        model.save_pretrained(checkpoint)
+        TOKENIZER.save_pretrained(checkpoint)
+    from_rank_0(None)
+    backbone, _ = engine().load(ModelSection(name_or_path=str(checkpoint)))
+    assert backbone.model.generation_config.max_new_tokens == 7
+    members = tuple(Member(*pair) for pair in CHOSEN)
+    set_seed(0)
+    experts = ExpertSet(members, {layer.index: layer.num_experts for layer in backbone})
+    model = SplitModel(backbone, experts.with_shared(backbone.shared_parameters()), lora_rank=4)
     engine().shard(model.backbone)
     return model
 
@@ -139,6 +161,11 @@ def case_shared(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
 def case_shared_bf16(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
     model = trained(dtype=torch.bfloat16, shared=True)
     return model, repair(model, folder)
+
+
+def case_loaded(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
+    model = loaded(folder)
+    return model, repair(model, folder, RepairOptions(retain_loss="kl")) + consistency(model, folder)
 
 
 def case_whole(folder: Path) -> tuple[Trained, list[dict[str, float]]]:

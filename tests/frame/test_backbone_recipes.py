@@ -14,7 +14,9 @@ from trainer.planning.plan import GB, plan
 from trainer.recipe import Recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-HEADER = re.compile(r"--engine (\w+)(?: --gpus (\d+))?\n# (\d+) x 80 GB GPU, (\d+) GB used on each")
+HEADER = re.compile(
+    r"--engine (\w+)(?: --gpus (\d+))?\n# (\d+) x 80 GB GPU, (\d+) GB used on each(?:; (\d+) GB of host memory)?"
+)
 DATA_SETS = {  # of the Hub, with the split and the format that reads its columns
     "walledai/AdvBench": ("train", "records"),
     "tatsu-lab/alpaca": ("train", "alpaca"),
@@ -144,19 +146,20 @@ def test_it_repairs_an_eighth_of_the_experts_in_batches_of_16(folder: str) -> No
 
 @pytest.mark.parametrize("folder", PLANNED)
 def test_it_fits_the_machine_that_it_names(folder: str) -> None:
-    engine, gpus, used = machine(folder)
+    engine, gpus, used, host = machine(folder)
     found = plan(recipe_of(folder), published(folder), gpus=gpus, gpu_memory_gb=80)
     *_, parameters, layers, experts = BACKBONES[folder]
     assert found.parts.total == pytest.approx(parameters, rel=2e-3)
     assert found.parts.routed_experts == layers * experts
     assert found.fits(engine)
     assert found.per_gpu(engine).total / GB == pytest.approx(used, rel=0.15)
+    assert host is None or found.host_memory(engine) / GB == pytest.approx(host, rel=0.15)
 
 
-def machine(folder: str) -> tuple[str, int, int]:
-    """(engine, GPUs, GB used on each) as the recipe's first lines say."""
+def machine(folder: str) -> tuple[str, int, int, int | None]:
+    """(engine, GPUs, GB used on each, GB of host memory) as the recipe's first lines say."""
     header = HEADER.search((RECIPES / folder / "rasa.yaml").read_text())
     assert header is not None, "the header names an engine and a machine"
-    engine, given, gpus, used = header.groups()
+    engine, given, gpus, used, host = header.groups()
     assert given in (None, gpus)
-    return engine, int(gpus), int(used)
+    return engine, int(gpus), int(used), int(host) if host else None

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
-from tests.moe.families import FAMILIES
+from tests.moe.families import FAMILIES, Family
 from tests.mxfp4 import pack
 from tests.tiny import tiny_model, tiny_tokenizer, token_ids
-from trainer.loading import load
+from trainer.loading import hollow, load, read_model
 from trainer.moe.backbone import Backbone
 from trainer.recipe import ModelSection
 
@@ -79,6 +79,32 @@ def test_a_model_with_a_vision_tower_is_loaded_with_it(family, tmp_path: Path) -
     model, _ = load(section(tmp_path / "model"))
     assert type(model).__name__ == family.architecture
     assert any("visual" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+def test_a_hollow_model_is_the_same_once_it_is_filled(family: Family, tmp_path: Path) -> None:
+    """As other processes hold it where rank 0 alone reads: names, types, tied weights, scoring."""
+    built = family.build()
+    for parameter in built.parameters():
+        parameter.data = parameter.data.bfloat16()
+    built.save_pretrained(tmp_path / "model")
+    real = read_model(tmp_path / "model", "auto")
+    held = [*real.named_parameters(), *real.named_buffers()]
+    found = hollow(section(tmp_path / "model"), {name: tensor.dtype for name, tensor in held})
+    with torch.no_grad():
+        for (name, tensor), (own_name, own) in zip(
+            held, (*found.named_parameters(), *found.named_buffers()), strict=True
+        ):
+            assert (name, tensor.shape, tensor.dtype) == (own_name, own.shape, own.dtype)
+            own.copy_(tensor)
+    assert torch.equal(found(token_ids()).logits, real(token_ids()).logits)
+    checked, own_backbone = Backbone.of(real).check(), Backbone.of(found)
+    own_backbone.adopt([layer.scoring for layer in checked])
+    logits_TE, index_TK = torch.randn(3, 8), torch.tensor([[0, 1], [2, 3], [4, 5]])
+    for mine, theirs in zip(own_backbone, checked, strict=True):
+        assert mine.scoring is not None and theirs.scoring is not None
+        assert torch.equal(mine.scoring.weights(logits_TE, index_TK), theirs.scoring.weights(logits_TE, index_TK))
+        assert mine.scoring.factor_E is None or mine.scoring.factor_E is not theirs.scoring.factor_E
 
 
 def test_a_model_to_be_quantised_comes_whole_and_on_the_cpu(checkpoint: Path) -> None:

@@ -190,7 +190,9 @@ def test_engines_split_what_they_say(on_8: Plan) -> None:
     assert found["zero2"].masters == 4 * on_8.parts.critical // 8
     assert found["zero3"].masters == 0
     assert found["zero3-offload"].total < found["zero3"].total < found["zero2"].total
-    assert on_8.host_memory("zero3") > 8 * 60e9 > on_8.host_memory("single")
+    # Read by the first process alone, where it will be split; the others hold fp32 critical experts of their own.
+    assert on_8.host_memory("ddp") > 8 * 60e9 > on_8.host_memory("zero3") > 60e9 + 8 * 4 * on_8.parts.critical
+    assert on_8.host_memory("zero3") > on_8.host_memory("single")
 
 
 @settings(max_examples=25, deadline=None)

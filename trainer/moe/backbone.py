@@ -11,8 +11,8 @@ Shapes: T tokens, E experts, K chosen experts per token, D hidden size, F interm
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -251,6 +251,14 @@ class Backbone:
                 handle.remove()
         for layer in self.layers:
             _check_layer(layer, routed.get(layer.index), called.get(layer.index), ids.numel())
+        return self
+
+    def adopt(self, scorings: Sequence[Scoring | None]) -> Backbone:
+        """Take over what `check` found on another process, layer by layer, for the same model."""
+        for layer, scoring in zip(self.layers, scorings, strict=True):
+            factor = router_layout(layer.router).factor
+            own_E = getattr(layer.router, factor) if factor else None
+            layer.scoring = None if scoring is None else replace(scoring, factor_E=own_E)
         return self
 
 

@@ -7,7 +7,8 @@ whole. Reading, writing and forward passes are collective: every process takes p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -74,6 +75,19 @@ def assign(parameter: Tensor, value: Tensor) -> None:
         parameter.copy_(value)
 
 
+@torch.no_grad()
+def spread(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """Overwrite tensors, whole on every process, by those of rank 0. Collective.
+
+    Args:
+        device: of the process; NCCL sends from a GPU alone.
+    """
+    for tensor in tensors:
+        sent = tensor.to(device)
+        torch.distributed.broadcast(sent, 0)
+        tensor.copy_(sent)
+
+
 @contextmanager
 def gathered(backbone: Backbone, module: nn.Module) -> Iterator[None]:
     """Hold the parameters of a module inside a decoder layer whole, to be read. Collective where it is sharded."""
@@ -111,7 +125,7 @@ def _stack_of(name: str, modules: dict[str, nn.Module]) -> str:
 
 
 def shard_fsdp2(backbone: Backbone, device: torch.device) -> None:
-    """Split a model, whole on every process, with torch's `fully_shard` over all processes.
+    """Split rank 0's model, of the same shape on every process, with torch's `fully_shard` over all processes.
 
     The Trainer leaves a model alone that was sharded at load time, which a private flag says (transformers 5.23; older
     ones would wrap it in DDP and fail). It can go when the Trainer asks the parameters instead.
@@ -129,14 +143,19 @@ def shard_fsdp2(backbone: Backbone, device: torch.device) -> None:
         return Shard(0 if along_n else 1)
 
     buffers_to(model, device)
-    for unit in units(backbone):
-        fully_shard(unit, mesh=mesh, shard_placement_fn=placement)
+    every = units(backbone)
+    holders = Counter(parameter for unit in every for parameter in unit.parameters())
+    for unit in every:
+        spread(unit.parameters(), device)
+        # A tied embedding and head must be of one group: that of the whole model, which takes what is left.
+        if all(holders[parameter] == 1 for parameter in unit.parameters()):
+            fully_shard(unit, mesh=mesh, shard_placement_fn=placement)
     fully_shard(model, mesh=mesh, shard_placement_fn=placement)
     model._is_distributed_loading_by_transformers = True
 
 
 def shard_zero3(backbone: Backbone, zero_config: dict[str, Any], device: torch.device) -> None:
-    """Partition a model, whole on every process, as ZeRO-3 does, before DeepSpeed's engine sees it.
+    """Partition rank 0's model, of the same shape on every process, as ZeRO-3 does, before its engine sees it.
 
     Left to `deepspeed.initialize`, the whole model would first be moved to every GPU. Forward passes outside of
     training gather one unit at a time.

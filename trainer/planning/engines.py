@@ -102,9 +102,19 @@ def _busiest(step: Transient, at_end: int, throughout: int) -> tuple[int, int]:
     return max((throughout, step.peak), (at_end, step.temporary), key=sum)
 
 
-def host_memory(engine: str, stock: int, held: Held, gpus: int, processes: int) -> int:
-    """Bytes of one node's memory: every process reads the whole checkpoint there before it goes to its GPU."""
-    reading = gpus * (held.weights + held.twins if engine in SPLIT_WEIGHTS else stock)
+def host_memory(engine: str, stock: int, held: Held, gpus: int, processes: int, *, copied: bool) -> int:
+    """Bytes of the memory of the node that holds rank 0, the fullest.
+
+    Every process reads the whole checkpoint there before it goes to its GPU. Where weights are split, the first one
+    alone: the others hold a unit at a time, and what a split model has besides the stock one.
+
+    Args:
+        copied: the original is a second model (full fine-tuning).
+    """
+    reading = gpus * stock
+    if engine in SPLIT_WEIGHTS:
+        besides = held.weights - stock + held.twins + (stock if copied else 0)
+        reading = stock + gpus * besides + (gpus - 1) * held.unit
     exporting = stock
     if engine == "zero3-offload":
         own = held.weights + held.states_fp32 + held.gradients + FP32 * held.elements

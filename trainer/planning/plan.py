@@ -99,11 +99,12 @@ class Plan:
         return self.per_gpu(engine, checkpointing).total <= USABLE * size * GB
 
     def host_memory(self, engine: str) -> int:
-        """Bytes that one node's processes need in its own memory."""
+        """Bytes that the processes of the first node need in its own memory."""
         processes = 1 if engine == "single" else self.processes
         gpus = 1 if engine == "single" else self.gpus
         last = workload.stages(self.recipe)[-1]
-        return host_memory(engine, self._held["detect"].weights, self._held[last], gpus, processes)
+        stock, copied = self._held["detect"].weights, self.recipe.repair.scope == "full"
+        return host_memory(engine, stock, self._held[last], gpus, processes, copied=copied)
 
     @property
     def recommended(self) -> Choice | None:

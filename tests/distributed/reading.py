@@ -1,0 +1,31 @@
+"""What reading a checkpoint takes in each process: `python -m tests.distributed.reading FOLDER` under a launcher."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.planning.measure import resident
+from trainer.engine import engine
+from trainer.recipe import ModelSection
+from trainer.run_process import PeakMemory, from_rank_0, rank
+
+
+def main(checkpoint: Path) -> None:
+    torch.set_num_threads(1)
+    made = engine()
+    made.shard(made.load(ModelSection(name_or_path=str(checkpoint / "tiny")))[0])  # libraries load on first use
+    gc.collect()
+    from_rank_0(None)
+    baseline, peak = resident() / 2**20, PeakMemory()
+    backbone, _ = made.load(ModelSection(name_or_path=str(checkpoint / "model")))
+    made.shard(backbone)
+    print(json.dumps({"rank": rank(), "peak_mib": peak.read()["peak_memory_mb"] - baseline}), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
