@@ -302,6 +302,9 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
+    if not given.dry_run and importlib.util.find_spec("accelerate") is None:
+        print(f"error: {sys.executable} has no accelerate; run make install, or set PYTHON", file=sys.stderr)
+        return USER_ERROR
     print(f"+ {launch.line()}", flush=True)
     if given.dry_run:
         return 0

@@ -177,6 +177,13 @@ def test_a_missing_deepspeed_is_named_with_its_remedy(
     assert "fsdp2.yaml" in machine.line("--engine", "fsdp2", "--gpus", "2")
 
 
+def test_an_interpreter_without_the_libraries_is_named(
+    machine: Machine, recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "has no accelerate; run make install, or set PYTHON" in machine.refusal(str(recipe_file))
+
+
 @pytest.mark.parametrize(
     ("change", "json_change", "words"),
     [
