@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
@@ -12,6 +13,9 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _MIB = 1024 * 1024
+
+PATIENCE = timedelta(hours=2)
+"""How long processes wait for one: rank 0 alone reads, exports and audits a checkpoint. NCCL's default is 10 min."""
 
 
 def rank() -> int:
@@ -78,7 +82,7 @@ def _group() -> ModuleType:
         from accelerate import PartialState
 
         # Without this word accelerate takes a launch on CPUs for single processes, and says nothing.
-        PartialState(cpu=not torch.accelerator.is_available())
+        PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     if not dist.is_initialized():
         raise RuntimeError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but no process group could be made")
     return dist

@@ -24,7 +24,10 @@ def main(checkpoint: Path) -> None:
     baseline, peak = resident() / 2**20, PeakMemory()
     backbone, _ = made.load(ModelSection(name_or_path=str(checkpoint / "model")))
     made.shard(backbone)
-    print(json.dumps({"rank": rank(), "peak_mib": peak.read()["peak_memory_mb"] - baseline}), flush=True)
+    found = {"peak_mib": peak.read()["peak_memory_mb"] - baseline}
+    group = torch.distributed.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+    found["patience_s"] = group.options._timeout.total_seconds()
+    (checkpoint / f"rank-{rank()}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

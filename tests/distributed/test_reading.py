@@ -12,6 +12,7 @@ from transformers import Qwen3MoeForCausalLM
 from tests.distributed.launching import start
 from tests.planning.measure import config
 from tests.tiny import tiny_model, tiny_tokenizer
+from trainer.run_process import PATIENCE
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from /proc")
 
@@ -31,10 +32,10 @@ def test_all_processes_but_the_first_hold_their_share_alone(
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
     finished = start(engine, tmp_path, "tests.distributed.reading", tmp_path)
     assert finished.returncode == 0, finished.stderr[-3000:]
-    lines = [json.loads(line) for line in finished.stdout.splitlines() if line.startswith('{"rank"')]
-    peaks = {line["rank"]: line["peak_mib"] for line in lines}
-    print({"model": round(size), **peaks})
-    assert peaks[1] < 0.75 * size, peaks
+    first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    print({"model": round(size), "first": first["peak_mib"], "second": second["peak_mib"]})
+    assert second["peak_mib"] < 0.75 * size
+    assert first["patience_s"] == second["patience_s"] == PATIENCE.total_seconds()
 
 
 def test_what_stops_the_first_process_stops_all_in_one_line(tmp_path: Path) -> None:

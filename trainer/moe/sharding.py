@@ -144,11 +144,11 @@ def shard_fsdp2(backbone: Backbone, device: torch.device) -> None:
 
     buffers_to(model, device)
     every = units(backbone)
-    holders = Counter(parameter for unit in every for parameter in unit.parameters())
+    holders = Counter(id(parameter) for unit in every for parameter in unit.parameters())
     for unit in every:
         spread(unit.parameters(), device)
         # A tied embedding and head must be of one group: that of the whole model, which takes what is left.
-        if all(holders[parameter] == 1 for parameter in unit.parameters()):
+        if all(holders[id(parameter)] == 1 for parameter in unit.parameters()):
             fully_shard(unit, mesh=mesh, shard_placement_fn=placement)
     fully_shard(model, mesh=mesh, shard_placement_fn=placement)
     model._is_distributed_loading_by_transformers = True
