@@ -12,6 +12,7 @@ Source: QLoRA (arXiv 2305.14314) for NF4, arXiv 2110.02861 for 8-bit blocks; bot
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -59,6 +60,15 @@ def quantise(backbone: Backbone, kind: Kind, device: torch.device) -> None:
     _needs_bitsandbytes()
     if is_quantised(backbone.model):
         raise ValueError("the model is quantised already")
+    for decoder_layer, chosen in packable(backbone):
+        decoder_layer.to(device)
+        for module, names in chosen:
+            _pack(module, names, kind)
+    backbone.model.to(device)
+
+
+def packable(backbone: Backbone) -> Iterator[tuple[nn.Module, list[tuple[nn.Module, list[str]]]]]:
+    """Every decoder layer with the modules in it of which `quantise` packs tensors, and the names of these."""
     left = {id(inner) for layer in backbone for inner in layer.router.modules()}
     for layer in backbone:
         left |= {id(inner) for inner in getattr(layer.experts, CHILD, nn.Identity()).modules()}
@@ -66,14 +76,14 @@ def quantise(backbone: Backbone, kind: Kind, device: torch.device) -> None:
             left |= {id(inner) for inner in layer.shared.modules()}
     fused = {id(layer.experts) for layer in backbone}
     for decoder_layer in _decoder_layers(backbone):
-        decoder_layer.to(device)
-        for module in list(decoder_layer.modules()):
+        chosen: list[tuple[nn.Module, list[str]]] = []
+        for module in decoder_layer.modules():
             if id(module) in fused:
-                _pack(module, [name for name in expert_tensor_names(module) if getattr(module, name).ndim == 3], kind)
+                chosen.append((module, [n for n in expert_tensor_names(module) if getattr(module, n).ndim == 3]))
             # One output is a gate: qwen's shared_expert_gate.
             elif type(module) is nn.Linear and id(module) not in left and module.out_features > 1:
-                _pack(module, ["weight"], kind)
-    backbone.model.to(device)
+                chosen.append((module, ["weight"]))
+        yield decoder_layer, chosen
 
 
 def _needs_bitsandbytes() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer.moe.backbone import Backbone, MoELayer, expert_tensor_names
+from trainer.moe.quantised import packable
 from trainer.moe.sharding import units
 from trainer.moe.trained import Trained
 from trainer.planning.workload import optimiser
@@ -104,18 +105,5 @@ def _bytes(parameter: Tensor) -> int:
 
 def _packed(backbone: Backbone) -> set[int]:
     """The tensors that `moe.quantised.quantise` packs."""
-    found = {
-        id(getattr(layer.experts, name))
-        for layer in backbone
-        for name in expert_tensor_names(layer.experts)
-        if getattr(layer.experts, name).ndim == 3
-    }
-    left = {id(module) for layer in backbone for module in layer.router.modules()}
-    left |= {id(m) for layer in backbone if layer.shared and layer.shared_trains for m in layer.shared.modules()}
-    for layer in units(backbone):
-        for module in layer.modules():
-            # A head or an embedding is a unit of its own; one output is a gate.
-            inside = module is not layer and id(module) not in left
-            if type(module) is nn.Linear and inside and module.out_features > 1:
-                found.add(id(module.weight))
-    return found
+    modules = (module for _, chosen in packable(backbone) for module in chosen)
+    return {id(getattr(module, name)) for module, names in modules for name in names}
