@@ -86,9 +86,8 @@ def _read_on_rank_0(section: ModelSection) -> tuple[Backbone, PreTrainedTokenize
         model = hollow(section, known.dtypes)
         model.generation_config = known.generation_config
         backbone = Backbone.of(model).adopt(known.scorings)
-    shared = [parameter for layer in backbone.shared_parameters().values() for parameter in layer.values()]
     routers = [parameter for router in backbone.routers().values() for parameter in router.parameters()]
-    spread([*routers, *shared, *model.buffers()], PartialState().device)
+    spread([*routers, *backbone.shared_parameters().values(), *model.buffers()], PartialState().device)
     return backbone, tokenizer
 
 

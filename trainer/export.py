@@ -231,7 +231,7 @@ class _Places:
         found = {name: (name, None) for name in names} if converted else _targets(model, names)
         self.targets = {name: target for name, (target, _) in found.items()}
         self.routers = {name for name, target in self.targets.items() if target in backbone.router_parameters()}
-        layer_of = {name: i for i, parameters in backbone.shared_parameters().items() for name in parameters}
+        layer_of = {name: layer.index for layer in backbone for name in layer.shared_parameters()}
         self.shared = {name: layer_of[target] for name, target in self.targets.items() if target in layer_of}
         self.experts: dict[str, tuple[int, int | None]] = {}
         count, position = Counter(found.values()), Counter[tuple[str, str | None]]()

@@ -38,7 +38,7 @@ def description(model: PreTrainedModel, backbone: Backbone) -> dict[str, Any]:
         "expert_parameters": experts,
         "router_parameters": sum(p.numel() for p in backbone.router_parameters().values()),
         "parameters_per_expert": experts // backbone.total_experts,
-        "shared_expert_parameters": sum(size(p) for ps in backbone.shared_parameters().values() for p in ps.values()),
+        "shared_expert_parameters": sum(size(p) for p in backbone.shared_parameters().values()),
         "layers": [
             {
                 "layer": layer.index,

@@ -56,7 +56,7 @@ class Subject:
             )
         _refuse_optimisers(recipe)
         backbone, tokenizer = engine().load(recipe.model)
-        check_shared_experts(recipe, backbone.model.config.model_type, backbone.shared_parameters())
+        check_shared_experts(recipe, backbone.model.config.model_type, backbone.shared_layers)
         judge = RefusalJudge(recipe.evaluate.refusal_markers)
         suite = Suite(
             corpus,

@@ -71,7 +71,7 @@ def trained(
         set_seed(0)
         experts = ExpertSet(members, {layer.index: layer.num_experts for layer in backbone})
         if shared:
-            experts = experts.with_shared(backbone.shared_parameters())
+            experts = experts.with_shared(backbone.shared_layers)
         model = SplitModel(backbone, experts, lora_rank=lora_rank)
     engine().shard(model.backbone)
     return model
@@ -93,7 +93,7 @@ def loaded(folder: Path) -> Trained:
     members = tuple(Member(*pair) for pair in CHOSEN)
     set_seed(0)
     experts = ExpertSet(members, {layer.index: layer.num_experts for layer in backbone})
-    model = SplitModel(backbone, experts.with_shared(backbone.shared_parameters()), lora_rank=4)
+    model = SplitModel(backbone, experts.with_shared(backbone.shared_layers), lora_rank=4)
     engine().shard(model.backbone)
     return model
 

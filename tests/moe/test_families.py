@@ -282,7 +282,7 @@ def test_the_shared_experts_of_a_set_train_and_no_others(
     assert after.keys() == before.keys() == stock.keys()
     assert all(after[name].dtype == before[name].dtype and torch.equal(after[name], stock[name]) for name in after)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    shared = backbone.shared_parameters()[backbone.layers[0].index]
+    shared = backbone.layers[0].shared_parameters()
     assert {name for name in moved if name not in backbone.expert_parameters()} == set(shared)
     torch.testing.assert_close(logits_of(model), repaired, atol=2e-5 if dtype == torch.float32 else 5e-2, rtol=1e-4)
 

@@ -37,7 +37,7 @@ def split_model(family: str, lora_rank: int | None = None) -> SplitModel:
 def split_of(backbone: Backbone, chosen: tuple[tuple[int, int], ...], lora_rank: int | None = None) -> SplitModel:
     sizes = {layer.index: layer.num_experts for layer in backbone}
     torch.manual_seed(0)  # LoRA starts from drawn weights
-    experts, shared = ExpertSet(tuple(Member(*pair) for pair in chosen), sizes), backbone.shared_parameters()
+    experts, shared = ExpertSet(tuple(Member(*pair) for pair in chosen), sizes), backbone.shared_layers
     return SplitModel(backbone, experts.with_shared(shared) if shared else experts, lora_rank=lora_rank)
 
 
@@ -201,7 +201,7 @@ def test_every_family_trains_packed_and_is_fused_into_its_own_bits(family: Famil
         id(module) in gates or min(getattr(module, "weight", Tensor(2, 2)).shape) == 1 for module in found.values()
     )
     assert not any(name.startswith(("lm_head", "model.visual")) or ".critical" in name for name in found)
-    shared = backbone.shared_parameters().get(layer.index, {})
+    shared = layer.shared_parameters()
     for at in backbone:
         if at.shared_name is not None:
             assert any(name.startswith(at.shared_name) for name in found) is (at is not layer)

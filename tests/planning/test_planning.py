@@ -105,7 +105,7 @@ def test_shared_experts_of_the_edit_are_planned_like_the_real_ones() -> None:
     made = changed(small_recipe({"full"}), detect={"top_k": 5, "shared_experts": True})
     model = next(family for family in MOE_FAMILIES if family.model_type == "qwen2_moe").build()
     backbone, without = Backbone.of(model), changed(made, detect={"shared_experts": False})
-    shared = sum(p.numel() for layer in backbone.shared_parameters().values() for p in layer.values())
+    shared = sum(p.numel() for p in backbone.shared_parameters().values())
     trained = under_repair(made, backbone, critical_counts(made, backbone))
     trained.train_experts()
     planned = plan(made, model.config, gpus=1)

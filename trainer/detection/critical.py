@@ -66,7 +66,7 @@ def scoring(
     if kind == "saliency":
         norms_MLE, shared_ML = gradient_saliency(backbone, tokenizer, pairs, options.batch_size)
         shared_L = dict(zip(counts.layers, shared_ML.mean(0).tolist(), strict=True))
-        shared = {layer: shared_L[layer] for layer in backbone.shared_parameters()}
+        shared = {layer: shared_L[layer] for layer in backbone.shared_layers}
         return Scores(lambda rows: norms_MLE[rows].mean(0), len(norms_MLE), shared)
     return Scores(lambda rows: score(counts.take(rows), kind, options.pool), len(counts))  # type: ignore[arg-type]
 

@@ -50,8 +50,7 @@ def gradient_saliency(
         UserError: a model partitioned by ZeRO-3.
     """
     model = backbone.model.eval().requires_grad_(False)
-    asked = [*backbone.expert_parameters().values()]
-    asked += [parameter for layer in backbone.shared_parameters().values() for parameter in layer.values()]
+    asked = [*backbone.expert_parameters().values(), *backbone.shared_parameters().values()]
     if any(is_partitioned(parameter) for parameter in asked):
         raise UserError(
             "detect.score: 'saliency' needs a backward pass outside of training, which ZeRO-3 does not run; allowed: "
@@ -82,17 +81,12 @@ def _norms(backbone: Backbone) -> Saliency:
         for name in expert_tensor_names(layer.experts):
             gradient = whole(getattr(layer.experts, name).grad)
             norms_LE[i, : layer.num_experts] += gradient.double().flatten(1).square().sum(1).cpu().numpy()
-    shared = backbone.shared_parameters()
-    norms_L = [
-        sum(_square(parameter) for parameter in shared.get(layer.index, {}).values() if parameter.grad is not None)
-        for layer in backbone
-    ]
+    norms_L = [sum(map(_square, layer.shared_parameters().values())) for layer in backbone]
     return Saliency(norms_LE, np.array(norms_L, dtype=np.float64))
 
 
 def _square(parameter: torch.nn.Parameter) -> float:
-    assert parameter.grad is not None
-    return whole(parameter.grad).double().square().sum().item()
+    return 0.0 if parameter.grad is None else whole(parameter.grad).double().square().sum().item()
 
 
 def refusal_loss(backbone: Backbone, batch: Batch) -> torch.Tensor:

@@ -142,7 +142,7 @@ def identify(subject: Subject, run: Run) -> Identified:
             about["shared_experts"] = scores.shared
         experts = replace(experts, model=recipe.model.name_or_path, about=experts.about | about)
         if recipe.detect.shared_experts:
-            experts = experts.with_shared(subject.backbone.shared_parameters())
+            experts = experts.with_shared(subject.backbone.shared_layers)
         if is_main_process():
             _write_detection(files, found, counts, scores.all(), experts)
         also = f" and the shared experts of {len(experts.shared)} layers" if experts.shared else ""

@@ -64,6 +64,11 @@ class MoELayer:
         bias = ", biases" if self.experts.has_bias else ""
         return f"{orientation}{bias}"
 
+    def shared_parameters(self) -> dict[str, nn.Parameter]:
+        """Name in the model -> parameter of the shared expert; empty without one."""
+        named = self.shared.named_parameters() if self.shared is not None else ()
+        return {f"{self.shared_name}.{name}": parameter for name, parameter in named}
+
     def read(self, output: RouterOutput) -> RouterOutput:
         """A router's raw output as (logits, top-k weights, top-k index); only gemma4's differs from its raw one."""
         first_TE, weights_TK, index_TK = output
@@ -214,13 +219,14 @@ class Backbone:
             for name in expert_tensor_names(layer.experts)
         }
 
-    def shared_parameters(self) -> dict[int, dict[str, nn.Parameter]]:
-        """Layer index -> name in the model -> parameter, for every layer with a shared expert."""
-        return {
-            layer.index: {f"{layer.shared_name}.{name}": p for name, p in layer.shared.named_parameters()}
-            for layer in self.layers
-            if layer.shared is not None
-        }
+    @property
+    def shared_layers(self) -> list[int]:
+        """Indices of the layers with a shared expert."""
+        return [layer.index for layer in self.layers if layer.shared is not None]
+
+    def shared_parameters(self) -> dict[str, nn.Parameter]:
+        """Name in the model -> parameter, for every shared expert."""
+        return {name: parameter for layer in self.layers for name, parameter in layer.shared_parameters().items()}
 
     @torch.no_grad()
     def check(self, num_tokens: int = 16) -> Backbone:

@@ -153,7 +153,7 @@ class SplitModel:
             raise ValueError(
                 f"expert set is for experts per layer {expert_set.experts_per_layer}, the model has {shape}"
             )
-        missing = set(expert_set.shared) - backbone.shared_parameters().keys()
+        missing = set(expert_set.shared) - set(backbone.shared_layers)
         if missing:
             raise ValueError(f"expert set names the shared experts of layers {sorted(missing)}, which have none")
         if any(hasattr(layer.experts, CHILD) for layer in backbone):
@@ -215,8 +215,8 @@ class SplitModel:
         """Name -> parameter of everything that trains on the experts of the set (full weights or LoRA)."""
         wanted = "lora_" if self.lora_rank is not None else f".{CHILD}."
         split = {n: p for n, p in self.model.named_parameters() if f".{CHILD}." in n and wanted in n}
-        shared = self.backbone.shared_parameters()
-        return split | {n: p for index in self.expert_set.shared for n, p in shared[index].items()}
+        shared = [self.backbone.layer(index).shared_parameters() for index in self.expert_set.shared]
+        return split | {n: p for parameters in shared for n, p in parameters.items()}
 
     def train_experts(self, *, routers: bool = False) -> None:
         """Let gradients reach the experts of the set (and, if asked, the routers) and nothing else."""

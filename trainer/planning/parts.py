@@ -111,9 +111,8 @@ def under_repair(recipe: Recipe, backbone: Backbone, counts: Sequence[int]) -> T
     members = tuple(Member(layer.index, e) for layer, n in zip(backbone, counts, strict=True) for e in range(n))
     experts = ExpertSet(members, {layer.index: layer.num_experts for layer in backbone})
     if recipe.detect.shared_experts:
-        shared = backbone.shared_parameters()
-        check_shared_experts(recipe, backbone.model.config.model_type, shared)
-        experts = experts.with_shared(shared)
+        check_shared_experts(recipe, backbone.model.config.model_type, backbone.shared_layers)
+        experts = experts.with_shared(backbone.shared_layers)
     rank, alpha = recipe.repair.lora_rank, recipe.repair.lora_alpha
     return SplitModel(backbone, experts, lora_rank=rank, lora_alpha=alpha)
 

@@ -192,8 +192,7 @@ class Plan:
         backbone = Backbone.of(model)
         found = {"detect": measure(backbone, recipe, None, None)}
         if recipe.detect.score == "saliency":
-            asked = [*backbone.expert_parameters().values()]
-            asked += [p for layer in backbone.shared_parameters().values() for p in layer.values()]
+            asked = [*backbone.expert_parameters().values(), *backbone.shared_parameters().values()]
             gradients = sum(p.numel() * p.element_size() for p in asked)
             found["detect"] = replace(found["detect"], gradients=gradients)
         found["evaluate"] = found["detect"]

@@ -277,8 +277,7 @@ def _replies(model: PreTrainedModel, shape: Shape) -> None:
 def _saliency(backbone: Backbone, shape: Shape) -> Tensor:
     """`detection.saliency.refusal_loss` over all experts."""
     backbone.model.requires_grad_(False)
-    shared = [parameter for layer in backbone.shared_parameters().values() for parameter in layer.values()]
-    for parameter in (*backbone.expert_parameters().values(), *shared):
+    for parameter in (*backbone.expert_parameters().values(), *backbone.shared_parameters().values()):
         parameter.requires_grad_(True)
     inputs = _inputs(shape)
     logits_BSV = backbone.model(**inputs, use_cache=False).logits
