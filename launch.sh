@@ -13,4 +13,4 @@ if [[ -z "$python" ]]; then
     if [[ -x "$here/.venv/bin/python" ]]; then python="$here/.venv/bin/python"; else python="python3"; fi
 fi
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
-exec "$python" -m trainer.launching "$@"
+exec "$python" -m trainer.cli.launch "$@"

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.minimal_recipe import load, opened, recipe_file, tree  # noqa: F401 - fixtures
 from tests.organism import organism, small  # noqa: F401 - fixtures
 
 ROOT = Path(__file__).resolve().parent.parent

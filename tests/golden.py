@@ -36,7 +36,8 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "steermoe": ("steermoe", []),
     "rasa-lora-replay": (
         "rasa",
-        [*SMALL, "repair.lora_rank=4", "repair.lora_alpha=8.0", "repair.routing=replay", "consistency.target=original"],
+        [*SMALL, "repair.lora_rank=4", "repair.lora_alpha=8.0", "repair.routing=replay",
+         "consistency.target=original"],
     ),
     "rasa-saliency-gates": (
         "rasa",

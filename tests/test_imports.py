@@ -143,7 +143,7 @@ def test_the_reader_of_imports_sees_every_form(tmp_path: Path, monkeypatch: pyte
         "trainer.run",
         "trainer.moe.a",
         "trainer.moe.b.c",
-        "trainer.run.Run",
-        "trainer.cli",
+        "trainer.run.folder.Run",
+        "trainer.cli.app",
         "data_prep.errors.UserError",
     ]

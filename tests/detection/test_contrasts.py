@@ -10,9 +10,9 @@ import torch
 from data_prep.errors import UserError
 from data_prep.schema import Prompt, Wrapper
 from tests.tiny import TOP_K, tiny_model, tiny_tokenizer
-from trainer.chat import ChatTurn
 from trainer.detection import contrasts
 from trainer.detection.pairs import Pair
+from trainer.model.chat import ChatTurn
 from trainer.moe.backbone import Backbone
 from trainer.moe.routing import record
 

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from data_prep.schema import Prompt, Wrapper
 from tests.moe.families import FAMILIES as MOE_FAMILIES
 from tests.tiny import FAMILIES, NUM_LAYERS, TOP_K, tiny_model, tiny_tokenizer
-from trainer.chat import encode, pad
 from trainer.detection.counts import count_activations, per_sequence
 from trainer.detection.pairs import Pair
 from trainer.detection.saliency import gradient_saliency, refusal_loss
 from trainer.detection.scores import score, stability
+from trainer.model.chat import encode, pad
 from trainer.moe.backbone import Backbone
 from trainer.moe.routing import record
 

@@ -12,7 +12,7 @@ import signal
 import sys
 from typing import Any
 
-from trainer.run_process import rank
+from trainer.runtime.processes import rank
 
 
 def arm(point: str) -> None:
@@ -36,7 +36,7 @@ def arm(point: str) -> None:
 
 
 if __name__ == "__main__":
-    from trainer.cli import main
+    from trainer.cli.app import main
 
     if rank() == 0:
         arm(sys.argv[1])

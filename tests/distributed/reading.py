@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from tests.planning.measure import resident
-from trainer.engine import engine
-from trainer.recipe import ModelSection
-from trainer.run_process import PeakMemory, from_rank_0, rank
+from trainer.engines.engine import engine
+from trainer.recipe.schema import ModelSection
+from trainer.runtime.processes import PeakMemory, from_rank_0, rank
 
 
 def main(checkpoint: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import Qwen3MoeForCausalLM
 from tests.distributed.launching import start
 from tests.planning.measure import config
 from tests.tiny import tiny_model, tiny_tokenizer
-from trainer.run_process import PATIENCE
+from trainer.runtime.processes import PATIENCE
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from /proc")
 

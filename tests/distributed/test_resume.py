@@ -17,22 +17,22 @@ from tests.distributed.test_parity import distance
 
 # module:function:call, counted on rank 0, which kills itself right before it.
 POINTS = {
-    "while pairs are built": "trainer.methods.rasa:build_pairs:1",
-    "while activations are counted": "trainer.methods.rasa:count_activations:1",
-    "between two files of detection": "trainer.methods.rasa:plots.save_heat_map:1",
-    "before detection is finished": "trainer.run:Stage.finish:1",
+    "while pairs are built": "trainer.methods.rasa.method:build_pairs:1",
+    "while activations are counted": "trainer.methods.rasa.method:count_activations:1",
+    "between two files of detection": "trainer.methods.rasa.method:plots.save_heat_map:1",
+    "before detection is finished": "trainer.run.folder:Stage.finish:1",
     "in the first evaluation": "trainer.evaluation.suite:Suite.measure:1",
-    "before the first checkpoint": "trainer.stages.watch:SaveAndStop.on_step_end:1",
-    "in the first checkpoint": "trainer.stages.checkpoint:save_tensors:2",
-    "after a checkpoint": "trainer.stages.watch:SaveAndStop.on_step_end:3",
-    "while an older checkpoint is removed": "trainer.stages.checkpoint:shutil.rmtree:3",
-    "before trained experts are saved": "trainer.methods.rasa:save_tensors:1",
-    "before repair is finished": "trainer.run:Stage.finish:3",
-    "in the consistency stage": "trainer.stages.watch:SaveAndStop.on_step_end:9",
+    "before the first checkpoint": "trainer.training.loop:SaveAndStop.on_step_end:1",
+    "in the first checkpoint": "trainer.training.resume:save_tensors:2",
+    "after a checkpoint": "trainer.training.loop:SaveAndStop.on_step_end:3",
+    "while an older checkpoint is removed": "trainer.training.resume:shutil.rmtree:3",
+    "before trained experts are saved": "trainer.methods.rasa.method:save_tensors:1",
+    "before repair is finished": "trainer.run.folder:Stage.finish:3",
+    "in the consistency stage": "trainer.training.loop:SaveAndStop.on_step_end:9",
     "in the second evaluation": "trainer.evaluation.suite:Suite.measure:2",
-    "while the checkpoint is audited": "trainer.evidence:audit_files:1",
-    "before the patch": "trainer.evidence:write_patch:1",
-    "before the report": "trainer.methods.rasa:html.write:1",
+    "while the checkpoint is audited": "trainer.pipeline.measure:audit_files:1",
+    "before the patch": "trainer.pipeline.measure:write_patch:1",
+    "before the report": "trainer.methods.rasa.method:html.write:1",
 }
 FAST = {
     ("single", "after a checkpoint"),
@@ -124,7 +124,7 @@ def test_sigterm_in_training_saves_and_leaves_with_143(
     engine: str, small: Callable[..., Path], tmp_path: Path
 ) -> None:
     recipe = recipe_for(small, engine)
-    ended = run(engine, tmp_path, recipe, kill="trainer.stages.watch:SaveAndStop.on_step_end:3:TERM")
+    ended = run(engine, tmp_path, recipe, kill="trainer.training.loop:SaveAndStop.on_step_end:3:TERM")
     # torch.distributed.run turns every code into 1; launch.sh returns the worker's own (tests/frame/test_launch.py).
     assert ended.returncode == (143 if engine == "single" else 1)
     assert "the same command goes on from here" in ended.stdout

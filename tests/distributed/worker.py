@@ -22,18 +22,19 @@ from tests.moe.families import FAMILIES
 from tests.tiny import tiny_model, tiny_tokenizer
 from trainer.detection.counts import count_activations
 from trainer.detection.pairs import Pair
-from trainer.engine import engine
+from trainer.engines.engine import engine
 from trainer.evaluation.generation import reply
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet, Member
 from trainer.moe.experts import SplitModel
 from trainer.moe.sharding import is_partitioned, size
-from trainer.moe.trained import Trained, WholeModel
-from trainer.recipe import ModelSection
-from trainer.run_process import from_rank_0, rank, world_size
-from trainer.stages import checkpoint, watch
-from trainer.stages.consistency import ConsistencyOptions, ConsistencyRow, make_routing_consistent
-from trainer.stages.repair import RepairOptions, Row, repair_experts
+from trainer.moe.trainable import Trained, WholeModel
+from trainer.recipe.schema import ModelSection
+from trainer.runtime.processes import from_rank_0, rank, world_size
+from trainer.training import loop as watch
+from trainer.training import resume as checkpoint
+from trainer.training.consistency import ConsistencyOptions, ConsistencyRow, make_routing_consistent
+from trainer.training.repair import RepairOptions, Row, repair_experts
 
 STEPS, ROWS_A_STEP = 4, 4
 CHOSEN = ((0, 1), (0, 5), (1, 2), (2, 0), (2, 7))

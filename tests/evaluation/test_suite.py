@@ -7,7 +7,7 @@ import pytest
 from data_prep.errors import UserError
 from data_prep.schema import Split
 from trainer.evaluation import suite as suite_module
-from trainer.evaluation.judge import RefusalJudge
+from trainer.evaluation.judges.phrases import RefusalJudge
 from trainer.evaluation.suite import Suite
 
 

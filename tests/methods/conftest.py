@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.cli import main
+from trainer.cli.app import main
 
 
 @pytest.fixture

@@ -22,13 +22,13 @@ from transformers import PreTrainedModel
 from tests.moe import backbone_table
 from tests.moe.families import FAMILIES, LLAMA4, NUM_EXPERTS, TOP_K, Family, llama4
 from tests.tiny import tiny_tokenizer, token_ids
-from trainer.export import audit_files, reload_check, save_checkpoint
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet, Member
 from trainer.moe.experts import SplitModel
 from trainer.moe.routing import pin, record
-from trainer.stages.consistency import ConsistencyOptions, ConsistencyRow, make_routing_consistent
-from trainer.stages.repair import RepairOptions, Row, repair_experts
+from trainer.release.export import audit_files, reload_check, save_checkpoint
+from trainer.training.consistency import ConsistencyOptions, ConsistencyRow, make_routing_consistent
+from trainer.training.repair import RepairOptions, Row, repair_experts
 
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
 

@@ -15,11 +15,11 @@ from torch.nn.utils.parametrize import is_parametrized
 from tests.moe.families import FAMILIES as EVERY_FAMILY
 from tests.moe.families import Family
 from tests.tiny import FAMILIES, NUM_EXPERTS, tiny_model, tiny_tokenizer, token_ids
-from trainer.export import audit_files, save_checkpoint
 from trainer.moe.backbone import Backbone, expert_tensor_names
 from trainer.moe.expert_set import ExpertSet, Member
 from trainer.moe.experts import SplitModel
 from trainer.moe.quantised import Kind, Packed, fuse_into, is_quantised, quantise
+from trainer.release.export import audit_files, save_checkpoint
 
 pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
 

@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 
 from tests.moe.families import FAMILIES, Family
 from tests.tiny import tiny_tokenizer
-from trainer.export import audit_files, save_checkpoint
-from trainer.loading import read_model
+from trainer.model.load import read_model
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet, Member
 from trainer.moe.experts import SplitModel
 from trainer.moe.routing import record
+from trainer.release.export import audit_files, save_checkpoint
 
 IMAGE, START, PATCHES = 60, 61, 4
 """Ids inside the vocabulary of the tests' tokenizer, and the patches of an image along each side."""

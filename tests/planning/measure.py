@@ -19,17 +19,17 @@ import torch
 from transformers import PreTrainedConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM, set_seed
 
 from tests.tiny import tiny_model, tiny_tokenizer
-from trainer.engine import engine
+from trainer.engines import memory as engines
+from trainer.engines.engine import engine
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet, Member
 from trainer.moe.experts import SplitModel
-from trainer.moe.trained import Trained, WholeModel
-from trainer.planning import engines
+from trainer.moe.trainable import Trained, WholeModel
 from trainer.planning.parts import critical_counts
 from trainer.planning.plan import plan
-from trainer.recipe import Recipe
-from trainer.run_process import PeakMemory, rank, world_size
-from trainer.stages.repair import RepairOptions, Row, repair_experts
+from trainer.recipe.schema import Recipe
+from trainer.runtime.processes import PeakMemory, rank, world_size
+from trainer.training.repair import RepairOptions, Row, repair_experts
 
 ROWS, LENGTH, STEPS = 4, 128, 2
 MIB = 2**20

@@ -17,18 +17,18 @@ from data_prep.errors import UserError
 from tests.moe.families import FAMILIES as MOE_FAMILIES
 from tests.planning.measure import recipe as small_recipe
 from tests.tiny import FAMILIES, tiny_model
-from trainer import cli
+from trainer.cli import app as cli
+from trainer.engines.memory import ENGINES
 from trainer.moe.backbone import Backbone
 from trainer.moe.experts import SplitModel
 from trainer.planning import rehearsal, workload
-from trainer.planning.engines import ENGINES
-from trainer.planning.held import measure
 from trainer.planning.parts import count, critical_counts, skeleton, under_repair
 from trainer.planning.plan import Plan, plan
 from trainer.planning.rehearsal import Shape, rehearse
-from trainer.recipe import Recipe
-from trainer.stages import consistency, repair
-from trainer.stages.watch import parameter_counts
+from trainer.planning.sizes import measure
+from trainer.recipe.schema import Recipe
+from trainer.training import consistency, repair
+from trainer.training.loop import parameter_counts
 
 
 def changed(made: Recipe, **sections: dict[str, Any]) -> Recipe:

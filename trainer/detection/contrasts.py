@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerBase
 from data_prep.errors import UserError, unknown
 from data_prep.json_lines import read_json_lines
 from data_prep.schema import Prompt
-from trainer.chat import ChatTurn, encode, pad_id
 from trainer.detection.counts import Counts, Side, count_turns
 from trainer.detection.pairs import Pair
+from trainer.model.chat import ChatTurn, encode, pad_id
 from trainer.moe.backbone import Backbone
 
 Messages = list[dict[str, str]]

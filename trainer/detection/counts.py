@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from trainer.chat import ChatTurn, Tokens, batches, encode, pad_id
-from trainer.console import progress
 from trainer.detection.pairs import Pair
+from trainer.model.chat import ChatTurn, Tokens, batches, encode, pad_id
 from trainer.moe.backbone import Backbone
 from trainer.moe.routing import record
 from trainer.moe.sharding import is_sharded
-from trainer.run_process import dealt, from_all_ranks
+from trainer.runtime.console import progress
+from trainer.runtime.processes import dealt, from_all_ranks
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from trainer.chat import Tokens
 from trainer.detection.counts import Counts, count_activations
 from trainer.detection.pairs import Pair
 from trainer.detection.saliency import gradient_saliency
 from trainer.detection.scores import Pool, Score, score, stability
 from trainer.detection.selection import top_k
+from trainer.model.chat import Tokens
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet, Member
 

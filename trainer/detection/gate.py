@@ -14,10 +14,10 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from transformers import PreTrainedTokenizerBase
 
 from data_prep.errors import UserError
-from trainer.chat import ChatTurn, batches, pad_id
-from trainer.console import progress
+from trainer.model.chat import ChatTurn, batches, pad_id
 from trainer.moe.backbone import Backbone
 from trainer.moe.steering_gate import Gate, last_hidden
+from trainer.runtime.console import progress
 
 FOLDS = 3
 C = 1.0

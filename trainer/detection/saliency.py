@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from data_prep.errors import UserError
-from trainer.chat import Batch, batches, encode, pad_id
-from trainer.console import progress
 from trainer.detection.pairs import Pair
+from trainer.model.chat import Batch, batches, encode, pad_id
 from trainer.moe.backbone import Backbone, expert_tensor_names
 from trainer.moe.sharding import is_partitioned, is_sharded, whole
-from trainer.run_process import dealt, from_all_ranks
+from trainer.runtime.console import progress
+from trainer.runtime.processes import dealt, from_all_ranks
 
 
 class Saliency(NamedTuple):

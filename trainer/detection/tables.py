@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import pandas as pd
 
 from data_prep.errors import UserError, unknown
-from trainer.run_files import replacing
+from trainer.runtime.files import replacing
 
 COUNTS = ("layer", "expert", "a1", "d1", "a2", "d2")
 SUFFIXES = (".csv", ".parquet", ".json")

@@ -14,12 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_prep.errors import UserError, unknown
 from data_prep.schema import Task
-from trainer.chat import pad_id
-from trainer.console import progress
 from trainer.evaluation.generation import chat_prompt_ids, evaluating, left_pad, reply, require_room
 from trainer.evaluation.metrics import Rate, from_counts, from_flags
+from trainer.model.chat import pad_id
 from trainer.moe.sharding import is_sharded
-from trainer.run_process import dealt, from_all_ranks
+from trainer.runtime.console import progress
+from trainer.runtime.processes import dealt, from_all_ranks
 
 _NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
 _CHOICE = re.compile(r"(?:^|\banswer(?: is)?:? ?|\boption )\W*([A-Z])\b(?=\W|$)", re.IGNORECASE)

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from trainer.chat import batches, encode, pad_id
 from trainer.evaluation.drift import LayerDrift, drift_per_layer
 from trainer.evaluation.suite import Suite
+from trainer.model.chat import batches, encode, pad_id
 from trainer.moe.routing import record
 from trainer.moe.sharding import is_sharded
-from trainer.moe.trained import Trained
-from trainer.run_process import dealt, from_all_ranks
+from trainer.moe.trainable import Trained
+from trainer.runtime.processes import dealt, from_all_ranks
 
 
 def router_restore_gap(

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from data_prep.errors import UserError
-from trainer.chat import pad_id
-from trainer.console import progress
+from trainer.model.chat import pad_id
 from trainer.moe.sharding import is_sharded
-from trainer.run_process import dealt, from_all_ranks
+from trainer.runtime.console import progress
+from trainer.runtime.processes import dealt, from_all_ranks
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from scipy.stats import binomtest
 
 from data_prep.errors import UserError
-from trainer.evaluation.judge import Verdict
+from trainer.evaluation.judges.phrases import Verdict
 
 
 @dataclass(frozen=True)

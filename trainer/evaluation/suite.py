@@ -16,7 +16,7 @@ from data_prep.schema import Corpus, Prompt, Wrapper
 from trainer.evaluation import metrics
 from trainer.evaluation.capability import score
 from trainer.evaluation.generation import reply
-from trainer.evaluation.judge import Verdict, is_degenerate
+from trainer.evaluation.judges.phrases import Verdict, is_degenerate
 
 Group = Literal["harmful", "attack", "borderline", "benign", "benign_wrapped"]
 ROLES = ("seen", "unseen", "robust")

@@ -23,7 +23,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 
 from trainer.moe.backbone import Backbone, expert_tensor_names
 from trainer.moe.expert_set import ExpertSet
-from trainer.moe.masters import Masters
+from trainer.moe.fp32_weights import Masters
 from trainer.moe.sharding import assign, gathered, whole
 
 FusedExperts = Any

@@ -16,12 +16,12 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from data_prep.errors import UserError
-from trainer import loading
+from trainer.model import load as loading
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet, Member
 from trainer.moe.experts import FusedExperts, SplitModel
-from trainer.moe.trained import Trained, WholeModel
-from trainer.recipe import ModelSection, Recipe, check_shared_experts
+from trainer.moe.trainable import Trained, WholeModel
+from trainer.recipe.schema import ModelSection, Recipe, check_shared_experts
 
 ATTENTION = ("attn", "attention", "conv", "mixer", "mamba")
 

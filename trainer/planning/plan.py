@@ -10,14 +10,14 @@ import torch
 from transformers import PreTrainedConfig
 
 from data_prep.errors import UserError
+from trainer.engines.memory import ENGINES, SPLIT_WEIGHTS, Memory, host_memory, memory
 from trainer.moe.backbone import Backbone
 from trainer.planning import workload
-from trainer.planning.engines import ENGINES, SPLIT_WEIGHTS, Memory, host_memory, memory
-from trainer.planning.held import OPTIMISERS, Held, measure
 from trainer.planning.parts import Parts, count, critical_counts, read_config, skeleton, under_repair
 from trainer.planning.rehearsal import Shape, Stage, Transient, rehearse
+from trainer.planning.sizes import OPTIMISERS, Held, measure
 from trainer.planning.workload import ROWS, Steps, batch_rows, longest
-from trainer.recipe import Recipe
+from trainer.recipe.schema import Recipe
 
 USABLE = 0.95
 """Share of a GPU that a run may fill; the rest goes to the runtime, communication and gaps between blocks."""

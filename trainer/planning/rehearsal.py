@@ -24,9 +24,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from trainer.moe.backbone import Backbone
 from trainer.moe.routing import record
-from trainer.moe.trained import Trained
+from trainer.moe.trainable import Trained
 from trainer.planning.parts import skeleton, under_repair
-from trainer.recipe import Recipe
+from trainer.recipe.schema import Recipe
 
 aten = torch.ops.aten
 Stage = Literal["detect", "saliency", "repair", "consistency", "evaluate"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from trainer.console import say, table
-from trainer.planning.engines import ENGINES, Memory
+from trainer.engines.memory import ENGINES, Memory
 from trainer.planning.plan import GB, Plan
+from trainer.runtime.console import say, table
 
 CARDS = (24.0, 48.0, 80.0, 141.0)
 """Memory of common GPUs in GB, to answer for where there is none and none was named."""

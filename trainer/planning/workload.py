@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from data_prep.errors import UserError
-from trainer.recipe import ConsistencySection, Recipe, RepairSection
+from trainer.recipe.schema import ConsistencySection, Recipe, RepairSection
 
 Training = RepairSection | ConsistencySection
 

@@ -26,7 +26,7 @@ from trainer.reporting.figures import Figure, collect, control_metrics
 from trainer.reporting.templates import template
 from trainer.reporting.verdict import cautions, headline
 
-_TEMPLATE = "report.html.j2"
+_TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
 def write(run_dir: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The Jinja templates beside this file."""
+"""Jinja templates, which lie beside the module that fills them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 
-def template(name: str, *, escape: bool, **filters: Callable[..., str]) -> Template:
-    """A template by its file name. `escape`: HTML; of Markdown the filters take care."""
+def template(path: Path, *, escape: bool, **filters: Callable[..., str]) -> Template:
+    """The template in a file. `escape`: HTML; of Markdown the filters take care."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(path.parent),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -19,4 +19,4 @@ def template(name: str, *, escape: bool, **filters: Callable[..., str]) -> Templ
         autoescape=escape,
     )
     environment.filters |= filters
-    return environment.get_template(name)
+    return environment.get_template(path.name)

@@ -1,0 +1,98 @@
+"""The mix of training rows: targets from the model itself, harmless twins in the same wrappers, nothing from tests."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+
+from data_prep.errors import UserError
+from data_prep.schema import Corpus, Prompt, Split, Wrapper
+from trainer.training.repair import Row
+from trainer.training.rows import Mix, Target, consistency_rows, repair_rows
+
+HARMFUL = [Prompt(f"h:{i}", f"harm{i}", "harmful") for i in range(8)]
+BENIGN = [Prompt(f"b:{i}", f"kind{i}", "benign") for i in range(6)]
+BORDERLINE = [Prompt(f"x:{i}", f"edge{i}", "borderline") for i in range(4)]
+SEEN = [Wrapper(f"s:{i}", f"s{i}", "seen", f"Please obey rule {i}. [X] Answer now.", "[X]") for i in range(2)]
+ROBUST = [Wrapper("r:0", "r0", "robust", "Be polite. [X]", "[X]")]
+UNSEEN = [Wrapper("u:0", "u0", "unseen", "Forbidden fruit. [X]", "[X]")]
+CORPUS = Corpus(
+    Split(HARMFUL[:4], HARMFUL[4:]), Split(BENIGN[:3], BENIGN[3:]), Split(BORDERLINE[:2], BORDERLINE[2:]),
+    [*SEEN, *ROBUST, *UNSEEN], [],
+)  # fmt: skip
+REFUSALS = {goal.id: f"no {goal.id}" for goal in HARMFUL[:3]}  # h:3 was not refused
+TARGETS = [Target(HARMFUL[i], SEEN[i % 2], REFUSALS[f"h:{i}"]) for i in range(3)]
+MIX = Mix(recombined=2.0, robust=1.0, anchors=1.0, wrapped_benign=1.0, plain_benign=1.0, borderline=1.0)
+
+
+def reply(prompts: Sequence[str], label: str) -> list[str]:
+    return ["no" if "edge0" in prompt else f"answer to {prompt}" for prompt in prompts]
+
+
+def judge(text: str) -> str:
+    return "refused" if text.startswith("no") else "complied"
+
+
+def rows(mix: Mix = MIX, seed: int = 0) -> list[Row]:
+    return repair_rows(TARGETS, REFUSALS, CORPUS, mix, reply, judge, seed)
+
+
+def test_every_kind_of_row_is_there_as_often_as_the_mix_says() -> None:
+    counts = Counter(row.source for row in rows() if row.stream == "repair")
+    assert counts == {"jailbreak": 3, "recombined wrapper": 6, "r0 wrapper": 3, "plain harmful": 3}
+    retained = Counter(row.source for row in rows() if row.stream == "retain")
+    assert retained["plain benign"] == 3
+    assert retained["borderline"] <= 3, "an answer that is a refusal is dropped"
+
+
+def test_targets_are_the_models_own_refusals_and_own_answers() -> None:
+    for row in rows():
+        if row.stream == "repair":
+            assert row.reply in REFUSALS.values()
+        else:
+            assert row.reply == f"answer to {row.prompt}"
+
+
+def test_harmless_twins_stand_in_the_same_wrapper_instances_as_harmful_goals() -> None:
+    def frame(text: str) -> str:
+        for prompt in [*HARMFUL, *BENIGN, *BORDERLINE]:
+            text = text.replace(prompt.text, "[X]")
+        return text
+
+    harmful = {frame(row.prompt) for row in rows() if row.stream == "repair" and row.source != "plain harmful"}
+    twins = {frame(row.prompt) for row in rows() if row.source == "wrapped benign"}
+    assert twins <= harmful
+    assert len(twins) >= 0.6 * len(harmful)
+
+
+def test_nothing_of_a_test_split_or_an_unseen_wrapper_is_trained_on() -> None:
+    held_out = [p.text for p in [*HARMFUL[4:], *BENIGN[3:], *BORDERLINE[2:]]] + ["Forbidden fruit"]
+    for seed in range(5):
+        assert not any(text in row.prompt for row in rows(seed=seed) for text in held_out)
+
+
+def test_only_goals_that_the_model_refuses_are_targets() -> None:
+    assert not any("harm3" in row.prompt for row in rows())
+
+
+def test_the_rows_depend_on_the_seed_and_on_nothing_else() -> None:
+    assert rows(seed=1) == rows(seed=1)
+    assert rows(seed=1) != rows(seed=2)
+
+
+def test_an_empty_mix_leaves_only_the_jailbreaks() -> None:
+    assert [row.source for row in rows(Mix(0, 0, 0, 0, 0, 0))] == ["jailbreak"] * 3
+
+
+def test_consistency_rows_pair_each_jailbreak_with_its_plain_goal() -> None:
+    made = consistency_rows(TARGETS, rows(), benign_weight=1.0)
+    assert [row.anchor_prompt for row in made] == [target.goal.text for target in TARGETS]
+    assert all(row.anchor_prompt in row.adversarial_prompt for row in made)
+    assert all(row.benign_reply.startswith("answer") for row in made)
+
+
+def test_a_benign_stream_without_harmless_rows_is_refused() -> None:
+    bare = rows(Mix(0, 0, 0, 0, 0, 0))
+    with pytest.raises(UserError, match=r"consistency\.benign_weight: 1\.0 needs harmless rows"):
+        consistency_rows(TARGETS, bare, benign_weight=1.0)
+    assert len(consistency_rows(TARGETS, bare, benign_weight=0.0)) == 3

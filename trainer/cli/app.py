@@ -1,0 +1,286 @@
+"""The command `routealign`: arguments in, one function call, one line where a user's input is at fault.
+
+Everything heavy is imported inside a command, so that help and a typo answer at once.
+"""
+
+import contextlib
+import importlib
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trainer import __version__
+from trainer.runtime import signals
+from trainer.runtime.console import is_main_process, say
+
+if TYPE_CHECKING:
+    from trainer.recipe.schema import Recipe
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="routealign",
+    help="Repair the safety-critical experts of a Mixture-of-Experts language model.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="section.key=value, over the recipe.", metavar="[key=value ...]")
+]
+RunFolder = Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"routealign {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version)] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; goes anywhere.")] = False,
+) -> None:
+    # `main` takes --debug out of the arguments; it is declared for the help page.
+    pass
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    force: Annotated[bool, typer.Option("--force", help="Start anew: empties the run folder.")] = False,
+) -> None:
+    """Run a recipe; run it again to resume."""
+    from trainer.run.folder import Run
+
+    loaded = _recipe(recipe, overrides)
+    with Run.open(loaded, force=force) as opened:
+        _method(loaded).run(loaded, opened)
+
+
+@app.command()
+def detect(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Find the safety-critical experts, and stop there."""
+    from trainer.run.folder import Run
+
+    loaded = _recipe(recipe, overrides)
+    with Run.open(loaded) as opened:
+        _method(loaded).detect(loaded, opened)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Hub id or local folder.", metavar="MODEL")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    recipe: Annotated[Path | None, typer.Option(help="Say what this recipe would train.")] = None,
+) -> None:
+    """Show a model's routers and experts."""
+    from trainer.model import describe as preflight
+
+    loaded = _recipe(recipe, None) if recipe else None
+    section = loaded.model if loaded else None
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        found = preflight.describe(model, section.revision if section else None, section.dtype if section else "auto")
+    if not as_json:
+        preflight.print_table(found, loaded)
+    elif loaded:
+        print(json.dumps(found | {"would_train": preflight.would_train(found, loaded)}, indent=2))
+    else:
+        print(json.dumps(found, indent=2))
+
+
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs of one node; by default this machine's, or 1.")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(help="GB of one GPU; by default this machine's.")] = None,
+    nodes: Annotated[int, typer.Option(help="Nodes.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Say what a recipe needs on each GPU, without loading weights."""
+    from trainer.planning.plan import machine
+    from trainer.planning.plan import plan as make
+    from trainer.planning.table import show
+
+    found, memory = machine()
+    gpus, gpu_memory = found if gpus is None else gpus, memory if gpu_memory is None else gpu_memory
+    with contextlib.redirect_stdout(sys.stderr):
+        made = make(_recipe(recipe, overrides), gpus=gpus, gpu_memory_gb=gpu_memory, nodes=nodes)
+        as_text = json.dumps(made.json(), indent=2) if as_json else ""
+    if as_json:
+        print(as_text)
+    else:
+        show(made)
+
+
+@app.command()
+def evaluate(
+    model_or_run: Annotated[str, typer.Argument(help="Hub id, local folder or run folder.", metavar="MODEL_OR_RUN")],
+    suite: Annotated[Path, typer.Option(help="The recipe whose data and evaluate sections say what is asked.")],
+    overrides: Overrides = None,
+) -> None:
+    """Measure a model or a run's model; prints JSON."""
+    from trainer.pipeline.experiment import Subject
+    from trainer.recipe.schema import ModelSection
+    from trainer.run.folder import model_of
+
+    loaded = _recipe(suite, overrides)
+    model = ModelSection(
+        name_or_path=model_of(model_or_run),
+        dtype=loaded.model.dtype,
+        trust_remote_code=loaded.model.trust_remote_code,
+    )
+    # Only the result goes to standard output, so that it can be piped.
+    with contextlib.redirect_stdout(sys.stderr):
+        subject = Subject.of(loaded.model_copy(update={"model": model}))
+        measured = subject.suite.measure(subject.model, subject.tokenizer, label="evaluate")
+    if is_main_process():
+        print(json.dumps(measured.metrics, indent=2))
+
+
+@app.command()
+def report(run: RunFolder) -> None:
+    """Write <run>/report.html."""
+    from trainer.reporting import html
+    from trainer.run.folder import Manifest
+
+    Manifest.read(run)
+    say(f"report: {html.write(run)}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.", metavar="RUN ...")],
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+) -> None:
+    """Put runs side by side: figures and cost."""
+    from trainer.reporting.compare import comparison, markdown
+    from trainer.runtime.console import table
+
+    columns, rows = comparison(runs)
+    if as_markdown:
+        print(markdown(columns, rows))
+    else:
+        table("runs", columns, rows)
+
+
+@app.command()
+def export(run: RunFolder) -> None:
+    """Write a run's model to <run>/model."""
+    from trainer.run.folder import Run
+
+    with Run.reopen(run) as opened:
+        _method(opened.recipe).export(opened.recipe, opened)
+
+
+@app.command()
+def apply(
+    base: Annotated[str, typer.Argument(help="The patch's base: a folder or a Hub id.", metavar="BASE")],
+    patch: Annotated[Path, typer.Argument(help="A folder with patch.safetensors and patch.json.", metavar="PATCH")],
+    out: Annotated[Path, typer.Option(help="The folder to write; must not exist.")],
+    revision: Annotated[str | None, typer.Option(help="Revision of the base; by default the patch's own.")] = None,
+) -> None:
+    """Reproduce a repaired checkpoint from its base and a patch."""
+    from trainer.release.patch import apply_patch
+
+    say(f"checkpoint: {apply_patch(base, patch, out, revision)}")
+
+
+@app.command()
+def push(
+    run: RunFolder,
+    repo: Annotated[str, typer.Option(help="The repository on the Hub, user/name.")],
+    patch_only: Annotated[bool, typer.Option("--patch-only", help="Upload the patch, not the checkpoint.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be uploaded, upload nothing.")] = False,
+) -> None:
+    """Publish a finished run on the Hub, with a model card."""
+    from trainer.release.hub import push as upload
+
+    upload(run, repo, patch_only=patch_only, private=private, dry_run=dry_run)
+
+
+@app.command()
+def steer(
+    model: Annotated[str, typer.Argument(help="Hub id or local folder.", metavar="MODEL")],
+    experts: Annotated[Path, typer.Option(help="A steering.json, or an expert_set.json to deactivate.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given again.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file of prompts: .txt by lines, or a table.")] = None,
+    strength: Annotated[float | None, typer.Option(help="0 untouched to 1 forced; by default the file's.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a reply.")] = 256,
+) -> None:
+    """Generate under steering (SteerMoE); prints JSON Lines."""
+    from data_prep.errors import UserError
+    from trainer.pipeline.steered_replies import read_prompts, steered_replies
+
+    asked = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
+    if not asked:
+        raise UserError("steer: no prompt given; use --prompt TEXT or --prompts FILE")
+    with contextlib.redirect_stdout(sys.stderr):
+        replies = steered_replies(model, experts, asked, strength, max_new_tokens)
+    for index, text in enumerate(replies):
+        print(json.dumps({"prompt": index, "reply": text}, ensure_ascii=False))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command and leave with its exit code: 0, 2 for a user's error, 130 when interrupted, 143 at SIGTERM.
+
+    Exceptions other than `ValueError` and `OSError` are our bugs and pass through.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    debug = "--debug" in given
+    _quiet()
+    signals.install()
+    try:
+        code = app([item for item in given if item != "--debug"], prog_name="routealign", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(INTERRUPTED)
+    except signals.Terminated:
+        say("stopped by SIGTERM; the same command goes on from here")
+        raise
+    except typer.TyperException as error:
+        _fail(error.format_message())
+    except (ValueError, OSError) as error:
+        if debug:
+            traceback.print_exc()
+            sys.exit(USER_ERROR)
+        _fail(str(error) or type(error).__name__)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    print(f"error: {f'[rank {rank}] ' if rank else ''}{' '.join(message.split())}", file=sys.stderr)
+    sys.exit(USER_ERROR)
+
+
+def _quiet() -> None:
+    # Before the libraries are imported. Their warnings stay: "newly initialized weights" is one of them.
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Where bitsandbytes is installed it asks on some CPUs for `kernels`, which would fetch and run compiled code.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def _recipe(path: Path, overrides: Sequence[str] | None) -> "Recipe":
+    from trainer.recipe.schema import Recipe
+
+    return Recipe.load(path, overrides or [])
+
+
+def _method(recipe: "Recipe") -> ModuleType:
+    return importlib.import_module(f"trainer.methods.{recipe.method}")

@@ -1,0 +1,127 @@
+"""Memory of one process under each engine, from what a stage holds and what its steps add.
+
+What each engine keeps was read from DeepSpeed 0.19.8 and torch 2.13 and measured; docs/planning.md has the figures.
+All sizes are bytes; `processes` is the number over which an engine splits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from trainer.planning.rehearsal import Transient
+from trainer.planning.sizes import FP32, Held
+
+ENGINES = ("single", "ddp", "zero1", "zero2", "fsdp2", "zero3", "zero3-offload")
+"""From the cheapest in time to the dearest."""
+SPLIT_WEIGHTS = ("fsdp2", "zero3", "zero3-offload")
+
+# DeepSpeed's defaults, in elements; ds_configs/*.json leave them alone.
+REDUCE_BUCKET = 500_000_000
+MAX_LIVE = 1_000_000_000
+PREFETCH = 50_000_000
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process at the peak of a stage, by part; the parts add up to `total`.
+
+    `beside`: another model that the run still holds meanwhile. `masters`: ZeRO's fp32 weights. `buffers`: buckets for
+    reducing gradients, and layers gathered from the other processes. `activations`: everything a step makes and drops.
+    """
+
+    stage: str
+    weights: int
+    beside: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    masters: int = 0
+    buffers: int = 0
+    activations: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, int]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "stage"}
+
+
+def memory(
+    engine: str,
+    stage: str,
+    held: Held,
+    beside: int,
+    step: Transient,
+    processes: int,
+    *,
+    accumulates: bool,
+    checkpointing: bool,
+) -> Memory:
+    """Peak of one process in a stage.
+
+    Args:
+        beside: bytes of another model, before splitting.
+        accumulates: gradients are kept from one forward pass to the next.
+    """
+    n, bucket = processes, REDUCE_BUCKET * FP32 if held.elements else 0
+    master = FP32 * held.elements
+    if engine in ("single", "ddp"):
+        gradients, activations = _busiest(step, held.gradients, held.gradients if accumulates else 0)
+        buffers = held.gradients if engine == "ddp" else 0
+        return Memory(stage, held.weights + held.twins, beside, gradients, held.states, 0, buffers, activations)
+    if engine == "zero1":
+        at_step = held.gradients + held.gradients // n
+        gradients, activations = _busiest(step, at_step, held.gradients if accumulates else 0)
+        optimizer = held.states_fp32 // n
+        return Memory(stage, held.weights + held.twins, beside, gradients, optimizer, master // n, bucket, activations)
+    if engine == "zero2":
+        gradients, activations = _busiest(step, 2 * held.gradients // n, held.gradients // n if accumulates else 0)
+        optimizer = held.states_fp32 // n
+        return Memory(stage, held.weights + held.twins, beside, gradients, optimizer, master // n, bucket, activations)
+    weights, beside = held.weights // n + held.twins, beside // n
+    if engine == "fsdp2":
+        gradients, activations = _busiest(step, held.gradients // n, held.gradients // n if accumulates else 0)
+        return Memory(stage, weights, beside, gradients, held.states // n, 0, 2 * held.unit, activations)
+    # ZeRO-3. Outside of training one unit is gathered at a time. DeepSpeed's engine frees a layer only when more than
+    # MAX_LIVE elements are whole, and gathers ahead.
+    live = held.unit
+    if held.elements:
+        share = held.weights / held.weight_elements
+        live = min(held.weights, round(MAX_LIVE * share) + held.unit) + min(held.weights, round(PREFETCH * share))
+        if not checkpointing:
+            live += held.kept_views
+    masters = 0 if held.gradients == master else master // n
+    gradients, activations = _busiest(step, 2 * held.gradients // n, held.gradients // n)
+    if engine == "zero3-offload":
+        return Memory(stage, held.small + held.twins, buffers=bucket + live, activations=step.peak)
+    return Memory(stage, weights, beside, gradients, held.states_fp32 // n, masters, bucket + live, activations)
+
+
+def _busiest(step: Transient, at_end: int, throughout: int) -> tuple[int, int]:
+    """Gradients and activations at the fuller of two moments: the loss, or the end of the backward pass."""
+    return max((throughout, step.peak), (at_end, step.temporary), key=sum)
+
+
+def host_memory(engine: str, stock: int, held: Held, gpus: int, processes: int, *, copied: bool) -> int:
+    """Bytes of the memory of the node that holds rank 0, the fullest.
+
+    Every process reads the whole checkpoint there before it goes to its GPU. Where weights are split, the first one
+    alone: the others hold a unit at a time, and what a split model has besides the stock one.
+
+    Args:
+        copied: the original is a second model (full fine-tuning).
+    """
+    reading = gpus * stock
+    if engine in SPLIT_WEIGHTS:
+        besides = held.weights - stock + held.twins + (stock if copied else 0)
+        reading = stock + gpus * besides + (gpus - 1) * held.unit
+    exporting = stock
+    if engine == "zero3-offload":
+        own = held.weights + held.states_fp32 + held.gradients + FP32 * held.elements
+        reading += gpus * own // processes
+        exporting += gpus * own // processes
+    return max(reading, exporting) + gpus * PROCESS
+
+
+PROCESS = 1_000_000_000
+"""Python with torch, transformers and the GPU's runtime, in each process."""

@@ -1,0 +1,101 @@
+"""What a repair would find in a model, before anything is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from trainer.model.load import load
+from trainer.moe.backbone import Backbone
+from trainer.moe.sharding import size
+from trainer.recipe.schema import ModelSection, Recipe, check_shared_experts
+from trainer.runtime.console import say, table
+
+
+def describe(model_name: str, revision: str | None = None, dtype: str = "auto") -> dict[str, Any]:
+    """Load a model, check the module contract numerically and describe its MoE layers.
+
+    Raises:
+        ValueError: no routers or experts found, or a router that breaks the contract; says which.
+    """
+    section = ModelSection.model_validate({"name_or_path": model_name, "revision": revision, "dtype": dtype})
+    model, _ = load(section)
+    return description(model, Backbone.of(model).check())
+
+
+def description(model: PreTrainedModel, backbone: Backbone) -> dict[str, Any]:
+    """Plain JSON values: the model's type and sizes, one entry per MoE layer, and what could be trained."""
+    total = sum(size(p) for p in model.parameters())
+    experts = sum(size(p) for p in backbone.expert_parameters().values())
+    return {
+        "model_type": model.config.model_type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "moe_layers": len(backbone),
+        "decoder_layers": model.config.get_text_config().num_hidden_layers,
+        "routed_experts": backbone.total_experts,
+        "parameters": total,
+        "expert_parameters": experts,
+        "router_parameters": sum(p.numel() for p in backbone.router_parameters().values()),
+        "parameters_per_expert": experts // backbone.total_experts,
+        "shared_expert_parameters": sum(size(p) for p in backbone.shared_parameters().values()),
+        "layers": [
+            {
+                "layer": layer.index,
+                "router": layer.router_name,
+                "experts": layer.experts_name,
+                "num_experts": layer.num_experts,
+                "top_k": layer.top_k,
+                "layout": layer.layout,
+                "scoring": layer.scoring.family if layer.scoring else None,
+                "scale": layer.scoring.scale if layer.scoring else None,
+                "shared_expert": layer.shared is not None,
+            }
+            for layer in backbone
+        ],
+    }
+
+
+def would_train(found: dict[str, Any], recipe: Recipe) -> dict[str, int]:
+    """How many experts and parameters a recipe would train on a described model; shared experts of all layers.
+
+    Raises:
+        UserError: the recipe asks for shared experts, which the model does not have.
+    """
+    top_k, total = recipe.detect.top_k, found["routed_experts"]
+    experts = total if recipe.repair.scope == "full" else round(top_k * total) if isinstance(top_k, float) else top_k
+    trained = found["parameters"] if recipe.repair.scope == "full" else experts * found["parameters_per_expert"]
+    layers = [layer["layer"] for layer in found["layers"] if layer["shared_expert"]]
+    check_shared_experts(recipe, found["model_type"], layers)
+    if recipe.detect.shared_experts and recipe.repair.scope == "experts":
+        trained += found["shared_expert_parameters"]
+    return {"experts": experts, "of_experts": total, "parameters": trained, "of_parameters": found["parameters"]}
+
+
+def print_table(found: dict[str, Any], recipe: Recipe | None = None) -> None:
+    """The preflight as a table, one row per MoE layer."""
+    columns = ["layer", "router", "experts", "top-k", "layout", "scoring", "shared"]
+    rows = [
+        [
+            layer["layer"],
+            layer["router"],
+            layer["num_experts"],
+            layer["top_k"],
+            layer["layout"],
+            layer["scoring"] or "not reproduced: can be recorded, not pinned",
+            "yes" if layer["shared_expert"] else "no",
+        ]
+        for layer in found["layers"]
+    ]
+    title = (
+        f"{found['model_type']}, {found['dtype']}: {found['moe_layers']} of {found['decoder_layers']} layers are MoE, "
+        f"{found['routed_experts']} experts, {found['parameters'] / 1e6:.1f} M parameters"
+    )
+    table(title, columns, rows)
+    if recipe is not None:
+        plan = would_train(found, recipe)
+        share = plan["parameters"] / plan["of_parameters"]
+        say(
+            f"the recipe trains {plan['experts']} of {plan['of_experts']} experts: "
+            f"{plan['parameters']:,} parameters ({share:.1%})"
+        )

@@ -1,0 +1,174 @@
+"""Load a model and its tokenizer as a recipe names them."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Mxfp4Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    has_file,
+    logging,
+)
+
+from data_prep.errors import UserError
+from trainer.recipe.schema import ModelSection
+
+if not sys.stderr.isatty():
+    logging.disable_progress_bar()  # off a terminal every redraw would be a line of the log
+
+
+def load(section: ModelSection, device: torch.device | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in evaluation mode, whole on `device` (None: this process's own), and its tokenizer.
+
+    A model that the recipe wants quantised is loaded as it is, on the CPU: critical experts are copies of unquantised
+    tensors, so `trainer.moe.quantised` packs the rest after the split. A checkpoint published in MXFP4 (gpt-oss) is
+    loaded in bfloat16, since packed experts cannot be split.
+
+    Raises:
+        UserError: neither a folder nor a Hub id, no safetensors, weights in a quantised format other than MXFP4, or a
+            tokenizer without a chat template.
+        OSError: transformers' own message where files are missing or the Hub cannot be reached.
+    """
+    tokenizer = read_tokenizer(section)
+    dtype = section.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
+    model = read_model(
+        section.name_or_path, dtype, revision=section.revision, trust_remote_code=section.trust_remote_code
+    )
+    if section.quantization is not None:
+        device = torch.device("cpu")
+    return model.to(device or PartialState().device), tokenizer
+
+
+def read_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint whose weights may be read; raises as `load` does."""
+    name = section.name_or_path
+    if not Path(name).exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise UserError(
+            f"model.name_or_path: {name!r} is no folder here and no Hub id; allowed: a folder, or owner/name"
+        )
+    _refuse_pickles(name, section.revision)
+    tokenizer = AutoTokenizer.from_pretrained(
+        name, revision=section.revision, trust_remote_code=section.trust_remote_code
+    )
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"model.name_or_path: the tokenizer of {name!r} has no chat template; use a chat-tuned checkpoint"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def read_model(
+    name: str | Path, dtype: torch.dtype | str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model of a folder or Hub id in evaluation mode, whole, on the CPU; one stored in MXFP4 as plain tensors.
+
+    Raises:
+        UserError: weights in another quantised format.
+    """
+    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(name, **common)
+    unpacked = _unpacked(str(name), config)
+    model: PreTrainedModel = class_of(config, trust_remote_code).from_pretrained(
+        name, config=config, dtype=dtype, use_safetensors=True, **unpacked, **common
+    )
+    if unpacked:
+        # The rules of the load would name the plain tensors `..._blocks` when they are written, and nothing could load
+        # them (huggingface/transformers#44983); without them those of the class hold.
+        model._weight_conversions = None
+    return model.eval()
+
+
+def skeleton(
+    config: PreTrainedConfig, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model of a configuration on the meta device: tensors have shapes and no bytes."""
+    kind, config = class_of(config, trust_remote_code), copy.deepcopy(config)
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with torch.device("meta"):
+            if kind is AutoModelForCausalLM:
+                model: PreTrainedModel = kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            else:
+                model = kind._from_config(config, dtype=dtype)
+    finally:
+        logging.set_verbosity(level)
+    return model.eval()
+
+
+def hollow(section: ModelSection, dtypes: dict[str, torch.dtype]) -> PreTrainedModel:
+    """The model on the CPU in memory that was never written, and so takes none, to be filled from another process.
+
+    Args:
+        dtypes: name -> type of every parameter and buffer of the model to be filled in.
+    """
+    config = AutoConfig.from_pretrained(
+        section.name_or_path, revision=section.revision, trust_remote_code=section.trust_remote_code
+    )
+    if _unpacked(section.name_or_path, config):
+        del config.quantization_config
+    model = skeleton(config, next(iter(dtypes.values())), trust_remote_code=section.trust_remote_code)
+    named = dict([*model.named_parameters(), *model.named_buffers()])
+    assert named.keys() == dtypes.keys(), sorted(named.keys() ^ dtypes.keys())
+    made = {id(held): torch.empty(held.shape, dtype=dtypes[name], device="cpu") for name, held in named.items()}
+    parameters = {id(held): nn.Parameter(made[id(held)]) for held in model.parameters()}  # tied ones stay tied
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            module._parameters[name] = None if parameter is None else parameters[id(parameter)]
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else made[id(buffer)]
+    return model
+
+
+def _refuse_pickles(name: str, revision: str | None) -> None:
+    """Safetensors only: a pickled checkpoint can run code when it is read."""
+    if any(has_file(name, file, revision) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        return
+    pickled = [file for file in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if has_file(name, file, revision)]
+    if pickled:
+        raise UserError(
+            f"model.name_or_path: {name!r} holds {pickled[0]} and no {SAFE_WEIGHTS_NAME}; pickled weights are not "
+            "read, because reading one can run code; convert it to safetensors first"
+        )
+
+
+def class_of(config: PreTrainedConfig, trust_remote_code: bool) -> Any:
+    """The class that a checkpoint names, where transformers has it: AutoModelForCausalLM drops a vision tower."""
+    if trust_remote_code and getattr(config, "auto_map", None):
+        return AutoModelForCausalLM
+    return getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
+
+
+def _unpacked(name: str, config: Any) -> dict[str, Any]:
+    """What `from_pretrained` needs to give plain tensors of a checkpoint that is stored quantised."""
+    given = getattr(config, "quantization_config", None)
+    if given is None:
+        return {}
+    method = given.get("quant_method") if isinstance(given, dict) else given.quant_method
+    if method != "mxfp4":
+        raise UserError(
+            f"model.name_or_path: {name!r} is stored quantised ({method}); allowed: an unquantised checkpoint, with "
+            "model.quantization: 4bit or 8bit to hold it packed"
+        )
+    return {"quantization_config": Mxfp4Config(dequantize=True)}

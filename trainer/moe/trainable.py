@@ -1,0 +1,91 @@
+"""What a training stage may ask of a model under repair, and the whole-model baseline that answers it too."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trainer.moe.backbone import Backbone
+from trainer.moe.fp32_weights import Masters
+from trainer.moe.sharding import assign, whole
+
+
+class Trained(Protocol):
+    """A model under repair: `SplitModel` (critical experts) or `WholeModel` (full fine-tuning, to compare with)."""
+
+    backbone: Backbone
+    model: PreTrainedModel
+
+    @property
+    def originals(self) -> list[nn.Module]:
+        """Modules outside of the model that hold original weights, whole on every process."""
+
+    def trainable(self) -> dict[str, nn.Parameter]: ...
+    def train_experts(self, *, routers: bool = False) -> None: ...
+    def train_routers(self) -> None: ...
+    def original(self, *, experts: bool = True, routers: bool = True) -> AbstractContextManager[Backbone]: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+    def fuse(self) -> None: ...
+    def stock_state(self) -> Iterator[tuple[str, Tensor]]: ...
+
+
+class WholeModel:
+    """Every parameter trainable; the original is a second, frozen copy (which the split does without)."""
+
+    def __init__(self, backbone: Backbone):
+        self.backbone, self.model = backbone, backbone.model
+        self.reference = Backbone.of(copy.deepcopy(self.model).eval().requires_grad_(False))
+        for layer, source in zip(self.reference, backbone, strict=True):
+            layer.scoring = source.scoring
+        self._routers = Masters(backbone.routers())
+
+    @property
+    def originals(self) -> list[nn.Module]:
+        return list(self._routers.originals.values())
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters())
+
+    def train_experts(self, *, routers: bool = True) -> None:
+        """Let gradients reach every parameter; full fine-tuning does not leave the routers out."""
+        self.model.requires_grad_(True)
+
+    def train_routers(self) -> None:
+        self.model.requires_grad_(False)
+        for parameter in self.backbone.router_parameters().values():
+            parameter.requires_grad_(True)
+
+    @contextmanager
+    def original(self, *, experts: bool = True, routers: bool = True) -> Iterator[Backbone]:
+        """The original model; with `experts=False` the trained model under the original routers."""
+        if experts:
+            with torch.no_grad():
+                yield self.reference
+            return
+        with torch.no_grad(), self._routers.original():
+            yield self.backbone
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: whole(parameter).cpu().clone() for name, parameter in self.model.named_parameters()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, parameter in self.model.named_parameters():
+            assign(parameter, state[name])
+
+    def fuse(self) -> None:
+        """Nothing to fuse, but the routers get their type back."""
+        self._routers.restore_dtype()
+
+    def stock_state(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and whole tensor of everything a stock checkpoint holds, one at a time, in the model's own types."""
+        dtypes = self._routers.dtypes()
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            value = whole(tensor)
+            yield name, value.to(dtypes.get(name, value.dtype))

@@ -1,0 +1,53 @@
+"""Replies of a steered model to given prompts: what `routealign steer` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from data_prep.errors import UserError
+from data_prep.loaders import Source, load
+from trainer.evaluation.generation import reply
+from trainer.model import load as loading
+from trainer.moe.backbone import Backbone
+from trainer.moe.steering import steer
+from trainer.moe.steering_file import read
+from trainer.recipe.schema import ModelSection
+
+BATCH = 16
+
+
+def steered_replies(
+    model: str, experts: Path, prompts: Sequence[str], strength: float | None, max_new_tokens: int
+) -> list[str]:
+    """Greedy replies under the steering (and the gate) of a `steering.json`, or with an expert set deactivated.
+
+    `strength` replaces the file's.
+
+    Raises:
+        ValueError: a file of another model, contradictory or impossible sets, a strength outside [0, 1].
+        OSError: a file or model that is not there.
+    """
+    loaded, tokenizer = loading.load(ModelSection(name_or_path=model))
+    backbone = Backbone.of(loaded).check()
+    file = read(experts, backbone, model)
+    how = file.steering if strength is None else replace(file.steering, strength=strength)
+    with steer(backbone, how, file.gate):
+        return reply(
+            loaded, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=BATCH, label="steered replies"
+        )
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file: a text file's lines, or a table's prompt column (csv, json, jsonl, parquet).
+
+    Raises:
+        UserError: no prompt in it, or a file that cannot be read.
+    """
+    if path.suffix != ".txt":
+        return [row.text for row in load("records", Source(str(path), "benign"))]
+    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"{path}: holds no prompts; expected one a line")
+    return prompts

@@ -1,0 +1,61 @@
+"""The recipe's `steer` section: which experts SteerMoE forces, how hard, and what it is compared with."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from trainer.recipe.errors import at_key
+
+_CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True, protected_namespaces=())
+Strength = Annotated[float, Field(ge=0, le=1)]
+Number = Annotated[int, Field(ge=0)]
+
+
+class SweepSection(BaseModel):
+    """Values tried one key at a time, the others as the section says; measured on fewer prompts."""
+
+    model_config = _CONFIG
+
+    n_pos: list[Number] = Field([], description="numbers of activated experts")
+    n_neg: list[Number] = Field([], description="numbers of deactivated experts")
+    strength: list[Strength] = Field([], description="strengths, 0 to 1")
+    prompts: int = Field(40, ge=1, description="test prompts of each kind that a setting is measured on")
+
+
+class SteerSection(BaseModel):
+    """What SteerMoE does; other methods leave it alone."""
+
+    model_config = _CONFIG
+
+    contrast: Literal["safety", "faithfulness", "custom"] = Field(
+        "safety", description="safety: refusal or unsafe reply; faithfulness: with or without document; custom: a file"
+    )
+    pairs: str | None = Field(None, description="JSON Lines of pairs, for faithfulness and custom")
+    table: str | None = Field(None, description="activation counts of another tool instead of counting")
+    refusal: str | None = Field(None, description="fixed refusal of x1; null: the model's own, of the plain goal")
+    unsafe: Literal["own", "answer"] = Field(
+        "own", description="x2: the model's own reply to the jailbreak, or the answer column of data.harmful"
+    )
+    n_pos: Number = Field(5, description="experts activated (A+)")
+    n_neg: Number = Field(0, description="experts deactivated (A-)")
+    reverse: bool = Field(False, description="swap x1 and x2 after sorting; for custom pairs and tables only")
+    per_layer_cap: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="most activated experts of a layer; null: as many as its router chooses"
+    )
+    strength: Strength = Field(1.0, description="0: untouched, 1: the paper's forcing")
+    gate: bool = Field(False, description="steer only where a probe on the last prompt token says harmful")
+    sweep: SweepSection = Field(default_factory=SweepSection, description="other numbers and strengths to compare")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "SteerSection":
+        if self.contrast != "safety" and self.pairs is None and self.table is None:
+            raise at_key("pairs", f"missing; steer.contrast {self.contrast} reads its pairs from a file")
+        if self.contrast == "safety" and self.pairs is not None:
+            raise at_key("pairs", "not read by steer.contrast safety; its pairs come from data and the model")
+        if self.unsafe == "answer" and self.refusal is None:
+            raise at_key("refusal", "missing; with steer.unsafe answer the refusal is a fixed sentence")
+        if self.reverse and self.contrast == "safety" and self.table is None:
+            raise at_key("reverse", "found true; reversing the safety contrast would steer towards unsafe replies")
+        if self.n_pos + self.n_neg == 0:
+            raise at_key("n_pos", "0, and n_neg too; at least one expert must be steered")
+        return self

@@ -1,0 +1,340 @@
+"""A repaired model as a patch of its base: only what differs, with hashes, applied bit for bit.
+
+A patch is two files. `patch.safetensors` holds the tensors that differ, under their names in the checkpoint's files;
+of a tensor that differs in a few places of its first dimension (experts fused in one tensor) only those rows.
+`patch.json` holds everything else: which base, what was touched with its hash before and after, how the checkpoint is
+cut into files, and what made it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from data_prep.errors import UserError
+from trainer.model.weight_files import INDEX, WEIGHTS, CheckpointFiles, bits, digest, is_weight_file, local_folder
+from trainer.moe.expert_set import ExpertSet
+from trainer.runtime.files import (
+    atomic_write,
+    save_tensors,
+    sha256,
+    sha256_text,
+    tensor_errors_as_oserror,
+    write_tensors,
+)
+from trainer.runtime.redaction import portable
+
+FORMAT = "routealign-patch-1"
+TENSORS, ABOUT = "patch.safetensors", "patch.json"
+CONFIGS = ("config.json", "generation_config.json")
+"""Files that say how weights are to be used: taken from the export. All other files are the base's."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Base(_Strict):
+    """The checkpoint that a patch is for; a local folder goes by its name alone."""
+
+    name: str
+    revision: str | None
+
+
+class Touched(_Strict):
+    """Hashes of a whole tensor; `rows` of its first dimension are in the patch, or all of it."""
+
+    before: str
+    after: str
+    rows: list[int] | None = None
+
+
+class File(_Strict):
+    """One weight file of the checkpoint."""
+
+    metadata: dict[str, str] | None
+    tensors: list[str]
+
+
+class About(_Strict):
+    """`patch.json`. `untouched` is one hash over all other tensors, `cast` the type a base's tensor is cast to."""
+
+    format: Literal["routealign-patch-1"] = "routealign-patch-1"
+    base: Base
+    dtypes: list[str]
+    tensors: dict[str, Touched]
+    untouched: str
+    cast: dict[str, str]
+    files: dict[str, File]
+    index_metadata: dict[str, Any] | None
+    configs: dict[str, str]
+    expert_set: dict[str, Any] | None
+    recipe_hash: str
+    versions: dict[str, str]
+    patch_sha256: str
+
+    def sealed(self) -> str:
+        """As JSON with a hash over its own content."""
+        content = self.model_dump()
+        return json.dumps(content | {"sha256": _seal(content)}, indent=1)
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return sha256_text(json.dumps(content, sort_keys=True))
+
+
+class _Untouched:
+    """One hash over tensors in any order."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        self._lines.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {digest(tensor)}")
+
+    def hash(self) -> str:
+        return sha256_text("\n".join(sorted(self._lines)))
+
+
+# --- write ----------------------------------------------------------------------------------------
+
+
+def write_patch(
+    base: Path,
+    exported: Path,
+    out: Path,
+    *,
+    base_name: str,
+    revision: str | None,
+    expert_set: ExpertSet | None,
+    recipe_hash: str,
+    versions: dict[str, str],
+) -> About:
+    """Write `patch.safetensors` and `patch.json` of an exported checkpoint into `out`.
+
+    One pair of tensors is in memory at a time, besides the changed rows of fused tensors.
+
+    Args:
+        base_name: Hub id or folder, as the recipe names it; of a folder only its name is kept.
+        revision: the Hub revision, None for a folder.
+
+    Raises:
+        UserError: the base's files hold other tensors than the export's: the base is in an older or quantised format.
+        OSError: disk full or not writable; a patch written before stays as it was.
+    """
+    tensors: dict[str, Tensor] = {}
+    touched: dict[str, Touched] = {}
+    cast: dict[str, str] = {}
+    dtypes: set[str] = set()
+    untouched = _Untouched()
+    with CheckpointFiles(base) as before, CheckpointFiles(exported) as after:
+        unknown = sorted(after.file_of.keys() - before.file_of.keys())
+        if unknown:
+            raise UserError(
+                f"{base}: holds no tensor {unknown[0]!r}, so it is stored in another format than the export; "
+                "a patch needs a base in the present format"
+            )
+        for name in sorted(after.file_of):
+            old, new = before.tensor(name), after.tensor(name)
+            dtypes.add(_name_of(new.dtype))
+            kept = old
+            if old.dtype != new.dtype:
+                cast[name] = _name_of(new.dtype)
+                kept = old.to(new.dtype)
+            if kept.shape != new.shape:
+                raise UserError(f"{base}: tensor {name!r} is {list(old.shape)}, in the export {list(new.shape)}")
+            differs = bits(kept) != bits(new)
+            if not differs.any():
+                untouched.add(name, new)
+                continue
+            rows = _rows(differs)
+            tensors[name] = after.mapped(name) if rows is None else new[rows].clone()
+            touched[name] = Touched(before=digest(old), after=digest(new), rows=rows)
+        files = {
+            file: File(
+                metadata=after.metadata(file), tensors=sorted(n for n, of in after.file_of.items() if of == file)
+            )
+            for file in after.files
+        }
+        index_metadata = after.index["metadata"] if after.index is not None else None
+        out.mkdir(parents=True, exist_ok=True)
+        save_tensors(out / TENSORS, tensors)
+    found = None if expert_set is None else json.loads(expert_set.to_json()) | {"model": portable(expert_set.model)}
+    about = About(
+        base=Base(name=portable(base_name), revision=revision),
+        dtypes=sorted(dtypes),
+        tensors=touched,
+        untouched=untouched.hash(),
+        cast=cast,
+        files=files,
+        index_metadata=index_metadata,
+        configs={name: (exported / name).read_text() for name in CONFIGS if (exported / name).is_file()},
+        expert_set=found,
+        recipe_hash=recipe_hash,
+        versions=versions,
+        patch_sha256=sha256(out / TENSORS),
+    )
+    atomic_write(out / ABOUT, about.sealed())
+    return about
+
+
+def _rows(differs: Tensor) -> list[int] | None:
+    """Indices of the changed rows, where they are no more than half of them."""
+    if differs.ndim < 2:
+        return None
+    rows = differs.flatten(1).any(1).nonzero()[:, 0]
+    return rows.tolist() if 2 * len(rows) <= len(differs) else None
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# --- apply ----------------------------------------------------------------------------------------
+
+
+def read_patch(patch: Path) -> About:
+    """Read and check a patch's two files.
+
+    Raises:
+        UserError: one is missing, truncated or altered, or of another format.
+    """
+    path = patch / ABOUT
+    for needed in (path, patch / TENSORS):
+        if not needed.is_file():
+            raise UserError(f"{needed}: not found; a patch is a folder with {ABOUT} and {TENSORS}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        if found != FORMAT:
+            raise UserError(f"{path}: format {found!r}, this release reads {FORMAT!r}")
+        seal = content.pop("sha256", None)
+        about = About.model_validate(content)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: damaged or truncated: {error}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    if seal != _seal(content):
+        raise UserError(f"{path}: altered; its content does not match its own hash")
+    if sha256(patch / TENSORS) != about.patch_sha256:
+        raise UserError(f"{patch / TENSORS}: truncated or altered; its hash is not the one in {ABOUT}")
+    wrong = [file for file in about.files if not is_weight_file(file)]
+    wrong += [name for name in about.configs if name not in CONFIGS]
+    if wrong:
+        raise UserError(f"{path}: names the file {wrong[0]!r}; allowed: *.safetensors, {', '.join(CONFIGS)}")
+    return about
+
+
+def apply_patch(base: str, patch: Path, out: Path, revision: str | None = None) -> Path:
+    """Reproduce a repaired checkpoint, bit for bit, from its base and a patch; returns `out`.
+
+    Works file by file: at most one weight file is in memory. Every tensor that is written is checked against the hash
+    that the export had, touched or not.
+
+    Args:
+        base: folder or Hub id; a Hub id without `revision` is taken at the patch's own revision.
+
+    Raises:
+        UserError: not the patch's base; a patch or base that is damaged, altered or of another format; `out` is there
+            already. Nothing is written.
+        OSError: disk full or not writable; nothing is left behind.
+    """
+    about = read_patch(patch)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists already; choose a new folder")
+    folder = local_folder(base, revision or about.base.revision, others=True)
+    with CheckpointFiles(folder) as before, _Content(patch, about) as content, _whole(out) as partial:
+        _check_base(before, about)
+        untouched = _Untouched()
+        for file, layout in about.files.items():
+            tensors = {}
+            for name in layout.tensors:
+                tensors[name] = content.applied(name, before)
+                if name not in about.tensors:
+                    untouched.add(name, tensors[name])
+            with tensor_errors_as_oserror(out / file):
+                write_tensors(partial / file, tensors, layout.metadata)
+            del tensors
+        if untouched.hash() != about.untouched:
+            raise UserError(f"{folder}: not the base of this patch: tensors that it does not touch differ")
+        _write_other_files(folder, about, partial)
+    return out
+
+
+class _Content:
+    """The tensors of a patch."""
+
+    def __init__(self, patch: Path, about: About) -> None:
+        self._about = about
+        self._files = CheckpointFiles(patch, TENSORS)
+        if self._files.file_of.keys() != about.tensors.keys():
+            raise UserError(f"{patch / TENSORS}: holds other tensors than {ABOUT} names")
+
+    def applied(self, name: str, base: CheckpointFiles) -> Tensor:
+        """The checkpoint's tensor, from the patch, the base's, or both."""
+        touched = self._about.tensors.get(name)
+        if touched is not None and touched.rows is None:
+            new = self._files.tensor(name)
+        else:
+            new = base.tensor(name)
+            if name in self._about.cast:
+                new = new.to(getattr(torch, self._about.cast[name]))
+            if touched is not None and touched.rows is not None:
+                new[torch.tensor(touched.rows)] = self._files.tensor(name)
+        if touched is not None and digest(new) != touched.after:
+            raise UserError(f"{self._files.folder / TENSORS}: tensor {name!r} does not give the exported one")
+        return new
+
+    def __enter__(self) -> _Content:
+        self._files.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._files.__exit__(*error)
+
+
+def _check_base(before: CheckpointFiles, about: About) -> None:
+    missing = sorted({name for file in about.files.values() for name in file.tensors} - before.file_of.keys())
+    if missing:
+        raise UserError(f"{before.folder}: not the base of this patch ({about.base.name}): no tensor {missing[0]!r}")
+    for name, touched in about.tensors.items():
+        if digest(before.tensor(name)) != touched.before:
+            raise UserError(
+                f"{before.folder}: not the base of this patch ({about.base.name}): tensor {name!r} differs"
+            )
+
+
+@contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its place at the end, if nothing was raised."""
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_other_files(base: Path, about: About, out: Path) -> None:
+    for path in sorted(base.iterdir()):
+        if path.is_file() and path.suffix not in WEIGHTS and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, out / path.name)
+    for name, text in about.configs.items():
+        (out / name).write_text(text)
+    if about.index_metadata is not None:
+        weight_map = {name: file for file, layout in about.files.items() for name in layout.tensors}
+        index = {"metadata": about.index_metadata, "weight_map": weight_map}
+        (out / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

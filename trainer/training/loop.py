@@ -1,0 +1,187 @@
+"""What every training stage has in common: defaults, progress, saving and stopping, a loss that is not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer_callback import ProgressCallback
+from transformers.training_args import TrainingArguments
+
+from data_prep.errors import UserError
+from trainer.moe.sharding import engine_runs, size
+from trainer.moe.trainable import Trained
+from trainer.runtime import signals
+from trainer.runtime.console import is_main_process, progress
+from trainer.runtime.files import save_tensors
+from trainer.runtime.processes import any_rank, world_size
+from trainer.training.resume import ResumableTrainer, resumable
+
+# transformers 5.23 renamed the switch; the old name warns there and is all that older releases know.
+OLD_CHECKPOINTING, NEW_CHECKPOINTING = "gradient_checkpointing", "activation_checkpointing"
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """Outcome of a stage: the trainer's log history and how many parameters trained, of how many."""
+
+    log: list[dict[str, float]]
+    trained_parameters: int
+    total_parameters: int
+
+
+def arguments(
+    given: dict[str, Any], defaults: dict[str, Any], output_dir: Path, seed: int, *, partitions: bool = False
+) -> dict[str, Any]:
+    """Keyword arguments for a trainer's arguments class: the recipe's over the stage's over the project's own.
+
+    Checkpointing is ours (transformers' own resume does not restore fused experts, huggingface/transformers#48805),
+    and columns are kept because rows carry spans that no model signature names. `partitions`: ZeRO-3 holds the model.
+    """
+    own: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "save_strategy": "no",  # `SaveAndStop` says when
+        "save_steps": 50,
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+        "seed": seed,
+        "logging_steps": 10,
+        # Mixed precision is decided by the model's own dtype; TRL would switch autocast on by default.
+        "bf16": False,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "ddp_find_unused_parameters": False,  # the split touches every parameter in every batch
+        "ddp_broadcast_buffers": False,  # buffers are constants
+    }
+    chosen = {**own, **defaults, **given}
+    checkpointing = [chosen.pop(name, None) for name in (OLD_CHECKPOINTING, NEW_CHECKPOINTING)]
+    details = [chosen.pop(f"{name}_kwargs", None) for name in (OLD_CHECKPOINTING, NEW_CHECKPOINTING)]
+    name = NEW_CHECKPOINTING if hasattr(TrainingArguments, NEW_CHECKPOINTING) else OLD_CHECKPOINTING
+    chosen[name] = any(checkpointing)  # TRL would switch it on by default
+    if chosen[name]:
+        # Reentrant checkpointing detaches what hooks capture: routing losses would carry no gradient.
+        chosen[f"{name}_kwargs"] = {**(details[0] or {}), **(details[1] or {}), "use_reentrant": False}
+        if partitions:
+            # torch (2.13) saves a frozen parameter itself, which ZeRO-3 has emptied again when torch compares shapes
+            # after recomputing; it is gathered when its turn in the backward pass comes.
+            chosen[f"{name}_kwargs"]["determinism_check"] = "none"
+    return chosen
+
+
+class StageBar(TrainerCallback):
+    """A progress bar over optimiser steps."""
+
+    def __init__(self, label: str):
+        self._label = label
+        self._steps: Iterator[int] = iter(())
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        label = self._label + (f" from step {state.global_step}" if state.global_step else "")
+        self._steps = progress(state.max_steps - state.global_step, label)
+        next(self._steps, None)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        next(self._steps, None)
+
+
+class SaveAndStop(TrainerCallback):
+    """Save every `save_steps` steps, and before stopping when a process was asked to end."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if any_rank(signals.requested()):
+            control.should_save = control.should_training_stop = True
+        elif state.global_step % max(int(state.save_steps), 1) == 0 and state.global_step < state.max_steps:
+            control.should_save = True
+
+
+@contextmanager
+def configs_kept(model: PreTrainedModel) -> Iterator[None]:
+    """Undo what trainers do to the model's configs, which would otherwise be exported with it.
+
+    transformers' Trainer turns `use_cache` off and aligns special tokens; TRL's SFTTrainer writes the load-balancing
+    coefficient. Values are compared by name, one level deep.
+    """
+    found = [model.config, model.config.get_text_config(), model.generation_config]
+    configs = [config for config in found if config is not None]
+    before = [dict(vars(config)) for config in configs]
+    try:
+        yield
+    finally:
+        for config, values in zip(configs, before, strict=True):
+            vars(config).update(values)
+
+
+def train(trainer: ResumableTrainer, label: str, inputs: str) -> StageResult:
+    """Train a stage to its end, from its newest checkpoint where there is one, and take the engine off the model.
+
+    Raises:
+        NonFiniteLossError: the loss is not finite.
+        Terminated: SIGTERM came; a checkpoint was written.
+        UserError: a checkpoint that this engine or number of processes cannot take up.
+    """
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(StageBar(label))
+    trainer.add_callback(SaveAndStop())
+    # A last batch that is not full would be filled up differently by every number of processes.
+    rows = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps * world_size()
+    trainer.args.dataloader_drop_last = len(trainer.train_dataset) >= rows
+    trainer.inputs = inputs
+    start = resumable(trainer.folder, inputs)
+    with engine_runs(trainer.trained.model):
+        try:
+            with signals.deferred():
+                trainer.train(resume_from_checkpoint=str(start) if start else None)
+        finally:
+            _release(trainer)
+    return StageResult(trainer.state.log_history, *parameter_counts(trainer.trained.model))
+
+
+def _release(trainer: ResumableTrainer) -> None:
+    """Take DeepSpeed's hooks off the model, so that the next stage can set up its own engine."""
+    if trainer.is_deepspeed_enabled:
+        if trainer.deepspeed is not None:
+            trainer.deepspeed.destroy()
+        unset_hf_deepspeed_config()  # else every model that is loaded later is partitioned while it is made
+    trainer.accelerator.free_memory()
+
+
+class NonFiniteLossError(UserError):
+    """Training produced a loss that is not a finite number."""
+
+
+def stop_unless_finite(loss: Tensor, step: int, trained: Trained, folder: Path, stage: str) -> None:
+    """Stop the stage at a loss that is not finite, keeping the weights that were good before this step.
+
+    Raises:
+        NonFiniteLossError: says where the weights before the step lie, or that only the stage's start is good.
+    """
+    if not any_rank(not math.isfinite(loss.item())):
+        return
+    state = trained.state_dict()
+    if all(bool(t.isfinite().all()) for t in state.values()):
+        if is_main_process():
+            save_tensors(folder / "last_good.safetensors", state)
+        kept = f"the weights before this step are in {folder / 'last_good.safetensors'}"
+    else:
+        kept = "weights were already non-finite: the last good ones are those at the start of this stage"
+    raise NonFiniteLossError(
+        f"{stage}: loss is {loss.item()} at step {step + 1}; stopped, {kept}. "
+        f"Lower {stage}.learning_rate or set {stage}.max_grad_norm"
+    )
+
+
+def parameter_counts(model: PreTrainedModel) -> tuple[int, int]:
+    """(trainable, all) parameters of a model; the split's copies count as trainable only."""
+    trainable = sum(size(p) for p in model.parameters() if p.requires_grad)
+    copies = sum(size(p) for n, p in model.named_parameters() if ".critical." in n)
+    return trainable, sum(size(p) for p in model.parameters()) - copies

@@ -1,0 +1,257 @@
+"""Expert repair: train only the critical experts to refuse inside jailbreaks what the model refuses plainly.
+
+Two kinds of rows share a batch. `repair` rows carry the target refusal: cross-entropy on the response only. `retain`
+rows carry the original model's own answer: KL to the original model (which the split holds for free) or cross-entropy.
+Each row weighs the same whatever its length, so that the loss does not depend on how rows fall on ranks.
+
+Shapes: B rows, S positions, R positions from the first response token of the batch on, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from data_prep.errors import UserError
+from trainer.model.chat import ChatTurn, encode, pad, pad_id
+from trainer.moe.routing import Trace, flip_rate, pin, record
+from trainer.moe.sharding import is_sharded, partitions
+from trainer.moe.trainable import Trained
+from trainer.training.loop import StageResult, arguments, configs_kept, stop_unless_finite, train
+from trainer.training.resume import ResumableTrainer
+
+Stream = Literal["repair", "retain"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training row. `source` says where it comes from (wrapped harmful, plain benign, ...), for the log."""
+
+    prompt: str
+    reply: str
+    stream: Stream
+    source: str
+
+
+@dataclass(frozen=True)
+class RepairOptions:
+    """What the stage needs from the recipe's `repair` section."""
+
+    routing: Literal["frozen", "replay"] = "frozen"
+    train_gates: bool = False
+    retain_weight: float = 1.0
+    retain_loss: Literal["kl", "ce"] = "kl"
+    first_token_weight: float = 0.0
+
+
+DEFAULTS: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 16,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 10,
+    "weight_decay": 0.0,
+    "max_length": 512,
+}
+
+
+def repair_experts(
+    trained: Trained,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    options: RepairOptions,
+    trainer_args: dict[str, Any],
+    folder: Path,
+    seed: int,
+    inputs: str = "",
+) -> StageResult:
+    """Run the stage; `trained` is changed in place. `inputs` tells checkpoints in `folder` from those of another run.
+
+    Raises:
+        UserError: no row is short enough for `max_length`.
+        NonFiniteLossError: training diverged; the weights before the step are kept in `folder`.
+    """
+    config = SFTConfig(
+        **arguments(trainer_args, DEFAULTS, folder, seed, partitions=partitions(trained.model)),
+        # The load-balancing loss is on by default in MoE configs and would move routing behind our back.
+        router_aux_loss_coef=0.0,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    dataset = _dataset(tokenizer, rows, config.max_length)
+    trained.train_experts(routers=options.train_gates)
+    with configs_kept(trained.model):
+        trainer = ExpertRepairTrainer(trained, options, folder, tokenizer, config, dataset)
+        try:
+            return train(trainer, "repair", inputs)
+        finally:
+            trainer.restore_forward()
+
+
+def _dataset(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int | None) -> Dataset:
+    turns = [encode(tokenizer, row.prompt, row.reply) for row in rows]
+    limit = max_length or max(len(turn.ids) for turn in turns)
+    fitting = [(turn, row) for turn, row in zip(turns, rows, strict=True) if turn.prompt < limit]
+    if not fitting:
+        raise UserError(
+            f"repair.max_length: {limit} cuts every one of the {len(rows)} prompts; the shortest row needs more"
+        )
+    return Dataset.from_dict(
+        {
+            "input_ids": [turn.ids[:limit] for turn, _ in fitting],
+            "prompt_length": [turn.prompt for turn, _ in fitting],
+            "retain": [row.stream == "retain" for _, row in fitting],
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the original model does on a batch."""
+
+    routing: Trace
+    logits_BSV: Tensor
+
+
+class ExpertRepairTrainer(ResumableTrainer, SFTTrainer):
+    """TRL's SFTTrainer with the two-stream loss and, for `replay`, the original routing pinned through the step."""
+
+    _tag_names = ["trl", "sft", "routealign", "expert-repair"]
+
+    def __init__(
+        self,
+        trained: Trained,
+        options: RepairOptions,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        config: SFTConfig,
+        dataset: Dataset,
+    ):
+        self.trained, self.options, self.folder = trained, options, folder
+        self._replayed: Reference | None = None
+        self._own_forward = trained.model.__dict__.get("forward")
+        padding = pad_id(tokenizer)
+
+        def collate(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+            batch = pad([ChatTurn(e["input_ids"], e["prompt_length"]) for e in examples], padding)
+            retain_B = torch.tensor([e["retain"] for e in examples])
+            return {
+                "input_ids": batch.input_ids_BS,
+                "attention_mask": batch.attention_mask_BS,
+                "response": batch.response_BS,
+                "retain": retain_B,
+            }
+
+        super().__init__(
+            model=trained.model, args=config, train_dataset=dataset, processing_class=tokenizer, data_collator=collate
+        )
+        # Rows are averaged, not tokens, so the loss is scaled for gradient accumulation by the Trainer itself.
+        self.model_accepts_loss_kwargs = False
+
+    def restore_forward(self) -> None:
+        """Take off the fused LM head that SFTTrainer patches onto the model and never removes."""
+        if self._own_forward is None:
+            self.trained.model.__dict__.pop("forward", None)
+        else:
+            self.trained.model.forward = self._own_forward
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        inputs = self._prepare_inputs(inputs)
+        if self.options.routing == "frozen":
+            return super().training_step(model, inputs, num_items_in_batch)
+        self._replayed = self._reference(model, inputs, torch.ones_like(inputs["retain"]))
+        # Pinned through backward as well: checkpointing recomputes the forward there.
+        with pin(self.trained.backbone, self._replayed.routing.index_TK):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        assert not return_outputs, "the stage has no evaluation loop"
+        with record(self.trained.backbone) as routing:
+            logits_BRV, targets_BR, mask_BR = self._response_logits(model, inputs)
+        if self.state.global_step % max(int(self.args.logging_steps), 1) == 0:
+            original = self._replayed or self._reference(model, inputs, torch.ones_like(inputs["retain"]))
+            self._log_flips(routing, original.routing, inputs["attention_mask"])
+        loss_B, loss = self._losses(model, inputs, logits_BRV, targets_BR, mask_BR)
+        for name, chosen in (("repair_loss", ~inputs["retain"]), ("retain_loss", inputs["retain"])):
+            if chosen.any():
+                self._metrics["train"][name].append(loss_B[chosen].mean().item())
+        assert loss.requires_grad, "nothing in the model trains"
+        stop_unless_finite(loss.detach(), self.state.global_step, self.trained, self.folder, "repair")
+        return loss
+
+    def _losses(
+        self, model: nn.Module, inputs: dict[str, Any], logits_BRV: Tensor, targets_BR: Tensor, mask_BR: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Unweighted loss per row [B], detached, and the weighted loss."""
+        retain_B = inputs["retain"]
+        loss_BR = F.cross_entropy(logits_BRV.transpose(1, 2).float(), targets_BR, reduction="none")
+        use_kl = self.options.retain_loss == "kl" and self.options.retain_weight > 0
+        if use_kl and retain_B.any():
+            loss_BR = loss_BR.index_copy(0, retain_B.nonzero()[:, 0], self._kl(model, inputs, logits_BRV[retain_B]))
+        elif use_kl and self._replayed is None and is_sharded(self.trained.model):
+            # Other processes have rows to retain, and a sharded original needs this one to run.
+            self._reference(model, inputs, torch.ones_like(retain_B), 1)
+        loss_B = (loss_BR * mask_BR).sum(1) / mask_BR.sum(1).clamp(min=1)
+        first_B1 = mask_BR.int().argmax(1, keepdim=True)
+        decision_B = loss_BR.gather(1, first_B1)[:, 0] * mask_BR.any(1)
+        weight_B = torch.where(retain_B, self.options.retain_weight, 1.0)
+        return loss_B.detach(), (weight_B * (loss_B + self.options.first_token_weight * decision_B)).mean()
+
+    def _response_logits(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits that predict the positions from the batch's first response token on, those tokens, and the span."""
+        ids_BS, response_BS = inputs["input_ids"], inputs["response"]
+        first = max(int(response_BS.int().argmax(1).min()), 1)
+        kept = ids_BS.shape[1] - first + 1
+        logits = model(
+            input_ids=ids_BS, attention_mask=inputs["attention_mask"], use_cache=False, logits_to_keep=kept
+        ).logits
+        return logits[:, :-1], ids_BS[:, first:], response_BS[:, first:]
+
+    def _kl(self, model: nn.Module, inputs: dict[str, Any], logits_BRV: Tensor) -> Tensor:
+        """KL(original || current) per position of the retain rows, [B_retain, R], in fp32."""
+        retain_B, kept = inputs["retain"], logits_BRV.shape[1] + 1
+        if self._replayed is not None:
+            original_BSV = self._replayed.logits_BSV[retain_B]
+        else:
+            original_BSV = self._reference(model, inputs, retain_B, kept).logits_BSV
+        reference = torch.log_softmax(original_BSV[:, -kept:-1].float(), -1)
+        return (reference.exp() * (reference - torch.log_softmax(logits_BRV.float(), -1))).sum(-1)
+
+    def _reference(self, model: nn.Module, inputs: dict[str, Any], rows_B: Tensor, kept: int = 0) -> Reference:
+        """One forward of the original model: routing, and logits on the last `kept` positions (0: all)."""
+        with self.trained.original() as original, record(original) as routing:
+            logits_BSV = self._runs(model, original.model)(
+                input_ids=inputs["input_ids"][rows_B],
+                attention_mask=inputs["attention_mask"][rows_B],
+                use_cache=False,
+                logits_to_keep=kept,
+            ).logits
+        return Reference(routing, logits_BSV)
+
+    def _runs(self, wrapped: nn.Module, original: nn.Module) -> nn.Module:
+        """The engine's wrapper where only that can gather the original's weights, else the original itself.
+
+        DDP's wrapper would wait for the other processes, which may have no row to retain.
+        """
+        return wrapped if original is self.trained.model and is_sharded(original) else original
+
+    def _log_flips(self, now: Trace, original: Trace, attention_mask_BS: Tensor) -> None:
+        mask_T = attention_mask_BS.bool()
+        now, original = now.masked(mask_T), original.masked(mask_T)
+        rates = [flip_rate(original.index_TK[i], now.index_TK[i]) for i in now.index_TK]
+        self._metrics["train"]["topk_flip_rate"].append(sum(rates) / len(rates))

@@ -1,0 +1,124 @@
+"""The rows of the training stages, mixed from the recipe's data and the model's own replies.
+
+Targets come from the model itself: its refusal of the plain goal for that goal inside a jailbreak, its own answer for
+everything harmless. Harmless prompts stand inside the *same* wrappers as harmful ones: otherwise the cheapest way to a
+low attack success is to refuse the wrapper.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from data_prep.errors import UserError
+from data_prep.schema import Corpus, Prompt, Wrapper
+from data_prep.wrappers import recombine
+from trainer.training.consistency import ConsistencyRow
+from trainer.training.repair import Row
+
+Reply = Callable[[Sequence[str], str], list[str]]
+Judge = Callable[[str], str]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One jailbreak that succeeded, and the refusal it should have met."""
+
+    goal: Prompt
+    wrapper: Wrapper
+    refusal: str
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How many rows of which kind, per target (see the recipe's `repair` section)."""
+
+    recombined: float
+    robust: float
+    anchors: float
+    wrapped_benign: float
+    plain_benign: float
+    borderline: float
+
+
+def repair_rows(
+    targets: Sequence[Target],
+    refusals: dict[str, str],
+    corpus: Corpus,
+    mix: Mix,
+    reply: Reply,
+    judge: Judge,
+    seed: int,
+) -> list[Row]:
+    """All rows of the repair stage.
+
+    Args:
+        refusals: goal id -> the model's refusal of the plain goal, for every refused goal.
+        reply: replies of the *original* model; asked once for all retain rows.
+    """
+    generator = random.Random(seed)
+    n = len(targets)
+    robust = corpus.wrappers_of("robust")
+    contexts = [prompt.text for prompt in corpus.benign.train]
+    # Another seed than detection's, so that these wrappers are new.
+    fresh = recombine([*corpus.wrappers_of("seen"), *robust], contexts, round(mix.recombined * n), seed + 1)
+    around = [*fresh, *_deal(robust, round(mix.robust * n), generator)]
+    refused = [goal for goal in corpus.harmful.train if goal.id in refusals]
+
+    rows = [Row(t.wrapper.wrap(t.goal.text), t.refusal, "repair", "jailbreak") for t in targets]
+    for wrapper, goal in zip(around, _deal(refused, len(around), generator), strict=True):
+        rows.append(Row(wrapper.wrap(goal.text), refusals[goal.id], "repair", f"{wrapper.family} wrapper"))
+    for goal in _deal(refused, round(mix.anchors * n), generator):
+        rows.append(Row(goal.text, refusals[goal.id], "repair", "plain harmful"))
+
+    instances = [*(target.wrapper for target in targets), *around]
+    twins = _deal(instances, round(mix.wrapped_benign * len(instances)), generator)
+    harmless = _deal([*corpus.benign.train, *corpus.borderline.train], len(twins), generator)
+    asked = [(w.wrap(prompt.text), "wrapped benign") for w, prompt in zip(twins, harmless, strict=True)]
+    asked += [(p.text, "plain benign") for p in _deal(corpus.benign.train, round(mix.plain_benign * n), generator)]
+    asked += [(p.text, "borderline") for p in _deal(corpus.borderline.train, round(mix.borderline * n), generator)]
+    answers = reply([text for text, _ in asked], "answers to retain") if asked else []
+    rows += [
+        Row(text, answer, "retain", source)
+        for (text, source), answer in zip(asked, answers, strict=True)
+        # An answer that is a refusal is over-refusal: nothing to hold on to.
+        if judge(answer) == "complied"
+    ]
+    return rows
+
+
+def consistency_rows(targets: Sequence[Target], rows: Sequence[Row], benign_weight: float) -> list[ConsistencyRow]:
+    """Rows of the consistency stage: every target, beside the retained harmless rows in turn.
+
+    Raises:
+        UserError: a benign stream is asked for, but the repair's mix retains no harmless row.
+    """
+    retained = [(row.prompt, row.reply) for row in rows if row.stream == "retain"]
+    if benign_weight > 0 and not retained:
+        raise UserError(
+            f"consistency.benign_weight: {benign_weight} needs harmless rows, but repair's wrapped_benign, "
+            "plain_benign and borderline give none; set one of them, or benign_weight to 0"
+        )
+    # Without a benign stream the harmless turn is never looked at; the anchor fills its place.
+    return [
+        ConsistencyRow(
+            target.goal.text,
+            target.wrapper.wrap(target.goal.text),
+            target.refusal,
+            *(retained[i % len(retained)] if retained else (target.goal.text, target.refusal)),
+        )
+        for i, target in enumerate(targets)
+    ]
+
+
+def _deal(items: Sequence[T], n: int, generator: random.Random) -> list[T]:
+    """`n` items, each used once before any is used again; shuffled."""
+    dealt: list[T] = []
+    while len(dealt) < n and items:
+        turn = list(items)
+        generator.shuffle(turn)
+        dealt += turn[: n - len(dealt)]
+    return dealt
