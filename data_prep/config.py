@@ -33,6 +33,13 @@ def _checked(rows: int | str) -> int | str:
 Rows = Annotated[int | str, AfterValidator(_checked)]
 
 
+class NamesFile:
+    """Marks a key whose value names a file, a folder or a data set: what was read from it is an input of a run."""
+
+
+FileName = Annotated[str, NamesFile()]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -40,13 +47,13 @@ class _Section(BaseModel):
 class SourceConfig(_Section):
     """Where prompts come from and how many go where."""
 
-    path: str = Field(description="Local file (csv, json, jsonl, parquet), or a Hub data set id `owner/name`.")
+    path: FileName = Field(description="Local file (csv, json, jsonl, parquet), or a Hub data set id `owner/name`.")
     format: SourceFormat = Field("records", description="How the file is read; see `data_prep.loaders.FORMATS`.")
     column: str | None = Field(None, description="Column with the prompt, where the format does not fix it.")
     revision: str | None = Field(None, description="Hub commit, tag or branch; only for Hub data sets.")
     hub_config: str | None = Field(None, description="Configuration of the Hub data set, where it has several.")
     hub_split: str = Field("train", description="Split of the Hub data set.")
-    test_path: str | None = Field(None, description="Second file or data set that the test part is taken from.")
+    test_path: FileName | None = Field(None, description="Second file or data set that the test part is taken from.")
     train: Rows = Field(0, description="Rows to train on: a count (seeded shuffle) or a slice, '0:320'.")
     test: Rows = Field(0, description="Rows to evaluate on: a count (seeded shuffle) or a slice, '420:520'.")
 
@@ -54,7 +61,9 @@ class SourceConfig(_Section):
 class JailbreakConfig(_Section):
     """Which jailbreak templates are trained on, and which only measured."""
 
-    path: str = Field(description="File of templates: JSON {group: [template, ...]}, or CSV/JSONL with a text column.")
+    path: FileName = Field(
+        description="File of templates: JSON {group: [template, ...]}, or CSV/JSONL with a text column."
+    )
     format: Literal["templates"] = Field("templates", description="How the file is read; only `templates`.")
     placeholder: str = Field("[INSERT PROMPT HERE]", description="What stands for the goal inside a template.")
     seen: list[str] = Field(
@@ -68,7 +77,7 @@ class TaskConfig(_Section):
     """A capability task: what the repaired model must still be able to do."""
 
     name: str = Field(description="Name in the evaluation.")
-    path: str = Field(description="Local file or Hub data set id.")
+    path: FileName = Field(description="Local file or Hub data set id.")
     format: Literal["qa", "records"] = Field("qa", description="`qa` reads question and answer columns.")
     column: str | None = Field(None, description="Column with the question, for `records`.")
     revision: str | None = Field(None, description="Hub commit, tag or branch; only for Hub data sets.")
@@ -79,10 +88,10 @@ class TaskConfig(_Section):
 
 
 class DataConfig(_Section):
-    """The whole `data` section."""
+    """The whole `data` section. A method says which parts it needs; figures on parts that are absent are left out."""
 
-    harmful: SourceConfig = Field(description="Harmful goals, to be refused.")
-    jailbreaks: JailbreakConfig = Field(description="Templates that wrap a goal.")
-    benign: SourceConfig = Field(description="Harmless prompts, to be answered.")
-    borderline: SourceConfig = Field(description="Harmless prompts that look harmful, to be answered.")
+    harmful: SourceConfig | None = Field(None, description="Harmful goals, to be refused.")
+    jailbreaks: JailbreakConfig | None = Field(None, description="Templates that wrap a goal.")
+    benign: SourceConfig | None = Field(None, description="Harmless prompts, to be answered.")
+    borderline: SourceConfig | None = Field(None, description="Harmless prompts that look harmful, to be answered.")
     capability: list[TaskConfig] = Field(default_factory=list, description="Capability tasks.")

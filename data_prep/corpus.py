@@ -20,7 +20,7 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
         harmful=_split("harmful", config.harmful, seed, notes),
         benign=_split("benign", config.benign, seed, notes),
         borderline=_split("borderline", config.borderline, seed, notes),
-        wrappers=load_wrappers(config.jailbreaks),
+        wrappers=load_wrappers(config.jailbreaks) if config.jailbreaks else [],
         tasks=_tasks(config.capability, seed),
         notes=notes,
     )
@@ -66,7 +66,10 @@ def _take(rows: list[Loaded], wanted: int | str, used: set[int], rng: random.Ran
     return _slice(rows, wanted, where) if isinstance(wanted, str) else _count(rows, wanted, used, rng, where)
 
 
-def _split(name: str, config: SourceConfig, seed: int, notes: list[str]) -> Split:
+def _split(name: str, config: SourceConfig | None, seed: int, notes: list[str]) -> Split:
+    if config is None:
+        return Split([], [])
+
     def read(path: str) -> list[Loaded]:
         at = (config.revision, config.hub_split, config.hub_config)
         return load(config.format, Source(path, kind, config.column, *at))

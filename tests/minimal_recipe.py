@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from trainer.methods.table import load_recipe
 from trainer.recipe.schema import Recipe
 from trainer.run.folder import Run
 
@@ -40,7 +41,7 @@ def recipe_file(tree: dict[str, Any], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def load(recipe_file: Path) -> Callable[..., Recipe]:
-    return lambda *overrides: Recipe.load(recipe_file, overrides)
+    return lambda *overrides: load_recipe(recipe_file, overrides)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 
 from tests.planning.measure import resident
 from trainer.engines.engine import engine
-from trainer.recipe.schema import ModelSection
+from trainer.recipe.sections import ModelSection
 from trainer.runtime.processes import PeakMemory, from_rank_0, rank
 
 

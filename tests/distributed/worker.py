@@ -29,7 +29,7 @@ from trainer.moe.expert_set import ExpertSet, Member
 from trainer.moe.experts import SplitModel
 from trainer.moe.sharding import is_partitioned, size
 from trainer.moe.trainable import Trained, WholeModel
-from trainer.recipe.schema import ModelSection
+from trainer.recipe.sections import ModelSection
 from trainer.runtime.processes import from_rank_0, rank, world_size
 from trainer.training import loop as watch
 from trainer.training import resume as checkpoint

@@ -13,7 +13,7 @@ from tests.mxfp4 import pack
 from tests.tiny import tiny_model, tiny_tokenizer, token_ids
 from trainer.model.load import hollow, load, read_model
 from trainer.moe.backbone import Backbone
-from trainer.recipe.schema import ModelSection
+from trainer.recipe.sections import ModelSection
 
 
 def section(folder: Path, **keys: str) -> ModelSection:

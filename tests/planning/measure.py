@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM, 
 from tests.tiny import tiny_model, tiny_tokenizer
 from trainer.engines import memory as engines
 from trainer.engines.engine import engine
+from trainer.methods.table import recipe_of
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet, Member
 from trainer.moe.experts import SplitModel
@@ -60,7 +61,7 @@ def recipe(case: set[str]) -> Recipe:
     data: dict[str, Any] = {"harmful": source, "benign": source, "borderline": source}
     data["jailbreaks"] = {"path": "x", "seen": ["a"], "unseen": ["b"]}
     tree = {"run": {"name": "x"}, "model": {"name_or_path": "x", "dtype": "bfloat16" if "bf16" in case else "float32"}}
-    return Recipe.of({**tree, "data": data, "repair": repair}, source="x")
+    return recipe_of({**tree, "data": data, "repair": repair}, source="x")
 
 
 def rows(number: int, length: int) -> list[Row]:

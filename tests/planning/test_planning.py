@@ -19,6 +19,7 @@ from tests.planning.measure import recipe as small_recipe
 from tests.tiny import FAMILIES, tiny_model
 from trainer.cli import app as cli
 from trainer.engines.memory import ENGINES
+from trainer.methods.table import recipe_of
 from trainer.moe.backbone import Backbone
 from trainer.moe.experts import SplitModel
 from trainer.planning import rehearsal, workload
@@ -35,7 +36,7 @@ def changed(made: Recipe, **sections: dict[str, Any]) -> Recipe:
     tree = made.tree()
     for name, keys in sections.items():
         tree[name] |= keys
-    return Recipe.of(tree, source="x")
+    return recipe_of(tree, source="x")
 
 
 @pytest.fixture(scope="module")

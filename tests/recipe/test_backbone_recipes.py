@@ -10,6 +10,7 @@ import pytest
 import transformers
 from transformers import PreTrainedConfig
 
+from trainer.methods.table import load_recipe
 from trainer.planning.plan import GB, plan
 from trainer.recipe.schema import Recipe
 
@@ -114,7 +115,7 @@ PLANNED = [pytest.param(f, marks=pytest.mark.slow) if f == LARGEST else f for f 
 
 
 def recipe_of(folder: str) -> Recipe:
-    return Recipe.load(RECIPES / folder / "rasa.yaml")
+    return load_recipe(RECIPES / folder / "rasa.yaml")
 
 
 def published(folder: str) -> PreTrainedConfig:

@@ -19,8 +19,8 @@ from tests.release.hub_server import TOKEN, Hub, serving
 from tests.reporting.conftest import evaluation, made, rate
 from tests.tiny import tiny_model, tiny_tokenizer
 from trainer.cli.app import main
+from trainer.methods.table import load_recipe, recipe_of
 from trainer.moe.expert_set import ExpertSet
-from trainer.recipe.schema import Recipe
 from trainer.release.export import audit_files, save_checkpoint
 from trainer.release.hub import push
 from trainer.release.patch import apply_patch, write_patch
@@ -38,12 +38,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     run = made(folder / "runs/demo-run")
     experts = change(model, [(0, 1), (2, 7)])
     save_checkpoint(model, tiny_tokenizer(), run / "model", max_shard_size="60KB")
-    tree = Recipe.load(root / "recipes/organism/rasa.yaml").tree()
+    tree = load_recipe(root / "recipes/organism/rasa.yaml").tree()
     tree["model"]["name_or_path"] = str(folder / "tiny-base")
     tree["run"]["output_dir"] = str(folder / "runs")
     for source in ("harmful", "benign", "borderline", "jailbreaks"):
         tree["data"][source]["path"] = str(folder / f"data/{source}.jsonl")
-    recipe = Recipe.of(tree, source="test")
+    recipe = recipe_of(tree, source="test")
     (run / "recipe.yaml").write_text(recipe.resolved_yaml())
     (run / "expert_set.json").write_text(ExpertSet(experts.members, experts.experts_per_layer, "x").to_json())
     audit = audit_files(folder / "tiny-base", run / "model", experts)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
+from trainer.methods.table import load_recipe
 from trainer.recipe.schema import Recipe
 from trainer.run.folder import Run, model_of
 from trainer.runtime.files import atomic_write, replacing, save_tensors, write_tensors
@@ -41,7 +42,7 @@ def test_a_new_run(opened: Run, load: Load) -> None:
     assert {"routealign", "python", "platform", "torch", "transformers", "peft", "trl", "accelerate"} == set(
         written["versions"]
     )
-    assert Recipe.load(opened.dir / "recipe.yaml") == load()
+    assert load_recipe(opened.dir / "recipe.yaml") == load()
     assert opened.stage_dir(2, "repair") == opened.dir / "stages" / "2-repair"
 
 
@@ -144,7 +145,7 @@ def test_later_sections_may_change(load: Load, capsys: pytest.CaptureFixture[str
     with Run.open(changed) as run:
         assert not work(run, run.recipe.hash("data"), "detect")
         assert work(run, run.recipe.hash("data", "evaluate"), "evaluate")
-        assert Recipe.load(run.dir / "recipe.yaml") == changed
+        assert load_recipe(run.dir / "recipe.yaml") == changed
     out = capsys.readouterr().out
     assert "the recipe changed: evaluate.batch_size: 64 -> 3" in out
     assert "the recipe changed: repair.max_steps: None -> 5" in out
@@ -227,7 +228,7 @@ def test_a_killed_process_frees_the_folder(load: Load, recipe_file: Path, root: 
     code = (
         "import sys, time; from pathlib import Path\n"
         "from trainer.recipe.schema import Recipe; from trainer.run.folder import Run\n"
-        "run = Run.open(Recipe.load(Path(sys.argv[1]))); stage = run.stage('pairs', '1')\n"
+        "run = Run.open(load_recipe(Path(sys.argv[1]))); stage = run.stage('pairs', '1')\n"
         "print('open', flush=True); time.sleep(60)"
     )
     child = subprocess.Popen(
@@ -307,7 +308,7 @@ from trainer.recipe.schema import Recipe
 from trainer.run.folder import Run
 from trainer.runtime.files import atomic_write
 
-with Run.open(Recipe.load(Path(sys.argv[1]))) as run:
+with Run.open(load_recipe(Path(sys.argv[1]))) as run:
     assert dist.get_world_size() == 2, "two processes that know of each other"
     stage = run.stage("pairs", "1")
     path = run.dir / "pairs.txt"

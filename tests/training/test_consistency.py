@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.training.test_repair import split
 
 from tests.tiny import FAMILIES, tiny_tokenizer, token_ids
+from tests.training.test_repair import split
 from trainer.model.chat import encode, pad
 from trainer.moe.routing import record
 from trainer.training.consistency import (

@@ -4,7 +4,6 @@ Everything heavy is imported inside a command, so that help and a typo answer at
 """
 
 import contextlib
-import importlib
 import json
 import logging
 import os
@@ -12,7 +11,6 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -22,6 +20,7 @@ from trainer.runtime import signals
 from trainer.runtime.console import is_main_process, say
 
 if TYPE_CHECKING:
+    from trainer.methods.method import Method
     from trainer.recipe.schema import Recipe
 
 USER_ERROR = 2
@@ -135,7 +134,7 @@ def evaluate(
 ) -> None:
     """Measure a model or a run's model; prints JSON."""
     from trainer.pipeline.experiment import Subject
-    from trainer.recipe.schema import ModelSection
+    from trainer.recipe.sections import ModelSection
     from trainer.run.folder import model_of
 
     loaded = _recipe(suite, overrides)
@@ -277,10 +276,12 @@ def _quiet() -> None:
 
 
 def _recipe(path: Path, overrides: Sequence[str] | None) -> "Recipe":
-    from trainer.recipe.schema import Recipe
+    from trainer.methods.table import load_recipe
 
-    return Recipe.load(path, overrides or [])
+    return load_recipe(path, overrides or [])
 
 
-def _method(recipe: "Recipe") -> ModuleType:
-    return importlib.import_module(f"trainer.methods.{recipe.method}")
+def _method(recipe: "Recipe") -> "Method":
+    from trainer.methods.table import method_of
+
+    return method_of(recipe)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,30 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from trainer.detection.counts import Counts, count_activations
 from trainer.detection.pairs import Pair
 from trainer.detection.saliency import gradient_saliency
-from trainer.detection.scores import Pool, Score, score, stability
+from trainer.detection.scores import score, stability
 from trainer.detection.selection import top_k
-from trainer.model.chat import Tokens
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet, Member
-
-
-class Options(Protocol):
-    """What is read of the recipe's `detect` section."""
-
-    @property
-    def tokens(self) -> Tokens: ...
-    @property
-    def score(self) -> Score | str: ...
-    @property
-    def pool(self) -> Pool: ...
-    @property
-    def per_layer_cap(self) -> int | None: ...
-    @property
-    def selection(self) -> str: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def bootstrap(self) -> int: ...
+from trainer.recipe.sections import DetectSection
 
 
 @dataclass(frozen=True)
@@ -59,28 +40,32 @@ class Scores:
 
 
 def scoring(
-    backbone: Backbone, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], counts: Counts, options: Options
+    backbone: Backbone,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Pair],
+    counts: Counts,
+    section: DetectSection,
 ) -> Scores:
-    """The score that the options name: from the counts, or from gradients (`saliency`)."""
-    kind = options.score
+    """The score that the section names: from the counts, or from gradients (`saliency`)."""
+    kind = section.score
     if kind == "saliency":
-        norms_MLE, shared_ML = gradient_saliency(backbone, tokenizer, pairs, options.batch_size)
+        norms_MLE, shared_ML = gradient_saliency(backbone, tokenizer, pairs, section.batch_size)
         shared_L = dict(zip(counts.layers, shared_ML.mean(0).tolist(), strict=True))
         shared = {layer: shared_L[layer] for layer in backbone.shared_layers}
         return Scores(lambda rows: norms_MLE[rows].mean(0), len(norms_MLE), shared)
-    return Scores(lambda rows: score(counts.take(rows), kind, options.pool), len(counts))  # type: ignore[arg-type]
+    return Scores(lambda rows: score(counts.take(rows), kind, section.pool), len(counts))  # type: ignore[arg-type]
 
 
-def select(scores: Scores, counts: Counts, k: int, options: Options, seed: int) -> ExpertSet:
-    """The sorted global top-K of the scores, or the matched random set when the options ask for the control."""
-    scores_LE, cap = scores.all(), options.per_layer_cap
-    stability_LE = stability(scores.of, scores.size, counts.experts, k, cap, options.bootstrap, seed)
+def select(scores: Scores, counts: Counts, k: int, section: DetectSection, seed: int) -> ExpertSet:
+    """The sorted global top-K of the scores, or the matched random set when the section asks for the control."""
+    scores_LE, cap = scores.all(), section.per_layer_cap
+    stability_LE = stability(scores.of, scores.size, counts.experts, k, cap, section.bootstrap, seed)
     members = [
-        Member(counts.layers[i], e, float(scores_LE[i, e]), float(stability_LE[i, e]) if options.bootstrap else None)
+        Member(counts.layers[i], e, float(scores_LE[i, e]), float(stability_LE[i, e]) if section.bootstrap else None)
         for i, e in top_k(scores_LE, counts.experts, k, cap)
     ]
     experts = ExpertSet(tuple(members), dict(zip(counts.layers, counts.experts, strict=True)))
-    return experts.random_like(seed) if options.selection == "random" else experts
+    return experts.random_like(seed) if section.selection == "random" else experts
 
 
 class TopicControl(NamedTuple):
@@ -96,7 +81,7 @@ def topic_control(
     pairs: Sequence[Pair],
     counts: Counts,
     experts: ExpertSet,
-    options: Options,
+    section: DetectSection,
 ) -> TopicControl:
     """How much of the critical experts' difference remains when both sides of a pair end in the same refusal.
 
@@ -104,7 +89,7 @@ def topic_control(
     and topic, not to the model complying.
     """
     equal = [replace(pair, adversarial_reply=pair.anchor_reply) for pair in pairs]
-    control = count_activations(backbone, tokenizer, equal, options.tokens, options.batch_size)
+    control = count_activations(backbone, tokenizer, equal, section.tokens, section.batch_size)
     rows = {layer: i for i, layer in enumerate(counts.layers)}
 
     def mean_difference(of: Counts) -> float:

@@ -19,7 +19,7 @@ from trainer.model.load import hollow, load, read_tokenizer
 from trainer.moe.backbone import Backbone
 from trainer.moe.scoring import Scoring
 from trainer.moe.sharding import shard_fsdp2, shard_zero3, spread
-from trainer.recipe.schema import ModelSection
+from trainer.recipe.sections import ModelSection
 from trainer.runtime.processes import from_rank_0, rank, world_size
 
 Name = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]

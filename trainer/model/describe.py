@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from trainer.model.load import load
 from trainer.moe.backbone import Backbone
 from trainer.moe.sharding import size
-from trainer.recipe.schema import ModelSection, Recipe, check_shared_experts
-from trainer.runtime.console import say, table
+from trainer.recipe.sections import ModelSection
+from trainer.runtime.console import table
 
 
 def describe(model_name: str, revision: str | None = None, dtype: str = "auto") -> dict[str, Any]:
@@ -56,23 +56,7 @@ def description(model: PreTrainedModel, backbone: Backbone) -> dict[str, Any]:
     }
 
 
-def would_train(found: dict[str, Any], recipe: Recipe) -> dict[str, int]:
-    """How many experts and parameters a recipe would train on a described model; shared experts of all layers.
-
-    Raises:
-        UserError: the recipe asks for shared experts, which the model does not have.
-    """
-    top_k, total = recipe.detect.top_k, found["routed_experts"]
-    experts = total if recipe.repair.scope == "full" else round(top_k * total) if isinstance(top_k, float) else top_k
-    trained = found["parameters"] if recipe.repair.scope == "full" else experts * found["parameters_per_expert"]
-    layers = [layer["layer"] for layer in found["layers"] if layer["shared_expert"]]
-    check_shared_experts(recipe, found["model_type"], layers)
-    if recipe.detect.shared_experts and recipe.repair.scope == "experts":
-        trained += found["shared_expert_parameters"]
-    return {"experts": experts, "of_experts": total, "parameters": trained, "of_parameters": found["parameters"]}
-
-
-def print_table(found: dict[str, Any], recipe: Recipe | None = None) -> None:
+def print_table(found: dict[str, Any]) -> None:
     """The preflight as a table, one row per MoE layer."""
     columns = ["layer", "router", "experts", "top-k", "layout", "scoring", "shared"]
     rows = [
@@ -92,10 +76,3 @@ def print_table(found: dict[str, Any], recipe: Recipe | None = None) -> None:
         f"{found['routed_experts']} experts, {found['parameters'] / 1e6:.1f} M parameters"
     )
     table(title, columns, rows)
-    if recipe is not None:
-        plan = would_train(found, recipe)
-        share = plan["parameters"] / plan["of_parameters"]
-        say(
-            f"the recipe trains {plan['experts']} of {plan['of_experts']} experts: "
-            f"{plan['parameters']:,} parameters ({share:.1%})"
-        )

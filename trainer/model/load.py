@@ -30,7 +30,7 @@ from transformers.utils import (
 )
 
 from data_prep.errors import UserError
-from trainer.recipe.schema import ModelSection
+from trainer.recipe.sections import ModelSection
 
 if not sys.stderr.isatty():
     logging.disable_progress_bar()  # off a terminal every redraw would be a line of the log

@@ -13,7 +13,7 @@ from trainer.model import load as loading
 from trainer.moe.backbone import Backbone
 from trainer.moe.steering import steer
 from trainer.moe.steering_file import read
-from trainer.recipe.schema import ModelSection
+from trainer.recipe.sections import ModelSection
 
 BATCH = 16
 

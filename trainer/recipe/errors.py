@@ -104,7 +104,7 @@ def _key(model: type[BaseModel], item: ErrorDetails) -> tuple[str, ...]:
                 m for owner in at if part in owner.model_fields for m in _inside(owner.model_fields[part].annotation)
             ]
     if item["type"] == "at_key" and "ctx" in item:
-        key.append(item["ctx"]["key"])
+        key.extend(item["ctx"]["key"].split("."))
     return tuple(key)
 
 

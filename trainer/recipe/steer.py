@@ -2,36 +2,33 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from data_prep.config import FileName
 from trainer.recipe.errors import at_key
+from trainer.recipe.section import Count, Section
 
-_CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True, protected_namespaces=())
 Strength = Annotated[float, Field(ge=0, le=1)]
 Number = Annotated[int, Field(ge=0)]
 
 
-class SweepSection(BaseModel):
+class SweepSection(Section):
     """Values tried one key at a time, the others as the section says; measured on fewer prompts."""
-
-    model_config = _CONFIG
 
     n_pos: list[Number] = Field([], description="numbers of activated experts")
     n_neg: list[Number] = Field([], description="numbers of deactivated experts")
     strength: list[Strength] = Field([], description="strengths, 0 to 1")
-    prompts: int = Field(40, ge=1, description="test prompts of each kind that a setting is measured on")
+    prompts: Count = Field(40, description="test prompts of each kind that a setting is measured on")
 
 
-class SteerSection(BaseModel):
-    """What SteerMoE does; other methods leave it alone."""
-
-    model_config = _CONFIG
+class SteerSection(Section):
+    """What SteerMoE does, as a method or as a baseline beside another one."""
 
     contrast: Literal["safety", "faithfulness", "custom"] = Field(
         "safety", description="safety: refusal or unsafe reply; faithfulness: with or without document; custom: a file"
     )
-    pairs: str | None = Field(None, description="JSON Lines of pairs, for faithfulness and custom")
-    table: str | None = Field(None, description="activation counts of another tool instead of counting")
+    pairs: FileName | None = Field(None, description="JSON Lines of pairs, for faithfulness and custom")
+    table: FileName | None = Field(None, description="activation counts of another tool instead of counting")
     refusal: str | None = Field(None, description="fixed refusal of x1; null: the model's own, of the plain goal")
     unsafe: Literal["own", "answer"] = Field(
         "own", description="x2: the model's own reply to the jailbreak, or the answer column of data.harmful"
@@ -39,7 +36,7 @@ class SteerSection(BaseModel):
     n_pos: Number = Field(5, description="experts activated (A+)")
     n_neg: Number = Field(0, description="experts deactivated (A-)")
     reverse: bool = Field(False, description="swap x1 and x2 after sorting; for custom pairs and tables only")
-    per_layer_cap: Annotated[int, Field(ge=1)] | None = Field(
+    per_layer_cap: Count | None = Field(
         None, description="most activated experts of a layer; null: as many as its router chooses"
     )
     strength: Strength = Field(1.0, description="0: untouched, 1: the paper's forcing")

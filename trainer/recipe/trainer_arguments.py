@@ -62,7 +62,7 @@ MINIMUM: dict[str, float] = {
 }
 
 
-def check_trainer_args(arguments_class: str, given: dict[str, Any], own: Sequence[str]) -> None:
+def check_trainer_arguments(arguments_class: str, given: dict[str, Any], own: Sequence[str]) -> None:
     """Check flat keys against the dataclass fields of `SFTConfig` or `TrainingArguments`.
 
     Raises pydantic's error for the first key that the class does not have, whose type is wrong or that RouteAlign sets

@@ -22,6 +22,7 @@ from trainer.model.chat import Batch, ChatTurn, encode, pad, pad_id
 from trainer.moe.routing import Trace, record
 from trainer.moe.sharding import is_sharded, partitions
 from trainer.moe.trainable import Trained
+from trainer.recipe.sections import ConsistencySection
 from trainer.training.loop import StageResult, arguments, configs_kept, stop_unless_finite, train
 from trainer.training.resume import ResumableTrainer
 
@@ -39,31 +40,11 @@ class ConsistencyRow:
     benign_reply: str
 
 
-@dataclass(frozen=True)
-class ConsistencyOptions:
-    """What the stage needs from the recipe's `consistency` section."""
-
-    position: Literal["last_prompt", "response_mean", "response_tokens"] = "response_tokens"
-    direction: Literal["forward", "reverse", "symmetric"] = "forward"
-    temperature: float = 1.0
-    target: Literal["current", "original"] = "current"
-    benign_weight: float = 1.0
-
-
-DEFAULTS: dict[str, Any] = {
-    "learning_rate": 1e-4,
-    "per_device_train_batch_size": 8,
-    "lr_scheduler_type": "cosine",
-    "weight_decay": 0.0,
-}
-
-
 def make_routing_consistent(
     trained: Trained,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[ConsistencyRow],
-    options: ConsistencyOptions,
-    trainer_args: dict[str, Any],
+    section: ConsistencySection,
     folder: Path,
     seed: int,
     inputs: str = "",
@@ -75,10 +56,10 @@ def make_routing_consistent(
     Raises:
         NonFiniteLossError: training diverged; the weights before the step are kept in `folder`.
     """
-    config = TrainingArguments(**arguments(trainer_args, DEFAULTS, folder, seed, partitions=partitions(trained.model)))
+    config = TrainingArguments(**arguments(section, folder, seed, partitions=partitions(trained.model)))
     trained.train_routers()
     with configs_kept(trained.model):
-        trainer = RoutingConsistencyTrainer(trained, options, folder, tokenizer, config, _dataset(tokenizer, rows))
+        trainer = RoutingConsistencyTrainer(trained, section, folder, tokenizer, config, _dataset(tokenizer, rows))
         return train(trainer, "consistency", inputs)
 
 
@@ -106,13 +87,13 @@ class RoutingConsistencyTrainer(ResumableTrainer):
     def __init__(
         self,
         trained: Trained,
-        options: ConsistencyOptions,
+        section: ConsistencySection,
         folder: Path,
         tokenizer: PreTrainedTokenizerBase,
         config: TrainingArguments,
         dataset: Dataset,
     ):
-        self.trained, self.options, self.folder = trained, options, folder
+        self.trained, self.section, self.folder = trained, section, folder
         padding = pad_id(tokenizer)
 
         def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -141,7 +122,7 @@ class RoutingConsistencyTrainer(ResumableTrainer):
     ) -> Tensor:
         assert not return_outputs, "the stage has no evaluation loop"
         sides = {name: _batch(side) for name, side in inputs.items()}
-        anchor = self._route(model, sides["anchor"], original=self.options.target == "original", grad=False)
+        anchor = self._route(model, sides["anchor"], original=self.section.target == "original", grad=False)
         adversarial = self._route(model, sides["adversarial"], original=False, grad=True)
         assert any(t.requires_grad for t in adversarial.logits_TE.values()), (
             "no recorded router logit carries a gradient"
@@ -151,8 +132,8 @@ class RoutingConsistencyTrainer(ResumableTrainer):
             for i in adversarial.logits_TE
         ]
         loss = torch.stack(losses).mean()
-        if self.options.benign_weight > 0:
-            loss = loss + self.options.benign_weight * self._benign_loss(model, sides["benign"])
+        if self.section.benign_weight > 0:
+            loss = loss + self.section.benign_weight * self._benign_loss(model, sides["benign"])
         stop_unless_finite(loss.detach(), self.state.global_step, self.trained, self.folder, "consistency")
         return loss
 
@@ -178,16 +159,16 @@ class RoutingConsistencyTrainer(ResumableTrainer):
         target_BCE, mask_BC = self._compared(anchor_TE, anchor)
         current_BCE, mask_too_BC = self._compared(adversarial_TE, adversarial)
         assert torch.equal(mask_BC, mask_too_BC), "both sides of a pair end in the same refusal"
-        divergence_BC = divergence(target_BCE, current_BCE, self.options.direction) * mask_BC
+        divergence_BC = divergence(target_BCE, current_BCE, self.section.direction) * mask_BC
         return (divergence_BC.sum(1) / mask_BC.sum(1).clamp(min=1)).mean()
 
     def _compared(self, logits_TE: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Log-probabilities [B, C, E] at the compared positions and which of them are real, [B, C]."""
-        log_p_BSE = torch.log_softmax(logits_TE.float() / self.options.temperature, -1).view(
+        log_p_BSE = torch.log_softmax(logits_TE.float() / self.section.temperature, -1).view(
             *batch.input_ids_BS.shape, -1
         )
         prompt_B, length_B = batch.prompt_BS.sum(1), batch.response_BS.sum(1)
-        if self.options.position == LAST_PROMPT:
+        if self.section.position == LAST_PROMPT:
             rows = torch.arange(len(prompt_B), device=log_p_BSE.device)
             return log_p_BSE[rows, prompt_B - 1].unsqueeze(1), torch.ones_like(prompt_B, dtype=torch.bool).unsqueeze(1)
         # Gather each row's response to the front, so that both sides of a pair line up token by token.
@@ -195,7 +176,7 @@ class RoutingConsistencyTrainer(ResumableTrainer):
         mask_BC = offsets_C < length_B.unsqueeze(1)
         positions_BC = (prompt_B.unsqueeze(1) + offsets_C).clamp(max=log_p_BSE.shape[1] - 1)
         log_p_BCE = log_p_BSE.gather(1, positions_BC.unsqueeze(-1).expand(-1, -1, log_p_BSE.shape[-1]))
-        if self.options.position == RESPONSE_TOKENS:
+        if self.section.position == RESPONSE_TOKENS:
             return log_p_BCE, mask_BC
         mean_BE = (log_p_BCE.exp() * mask_BC.unsqueeze(-1)).sum(1) / mask_BC.sum(1, keepdim=True).clamp(min=1)
         return mean_BE.clamp(min=1e-20).log().unsqueeze(1), torch.ones_like(mask_BC[:, :1])

@@ -19,6 +19,7 @@ from transformers.training_args import TrainingArguments
 from data_prep.errors import UserError
 from trainer.moe.sharding import engine_runs, size
 from trainer.moe.trainable import Trained
+from trainer.recipe.section import TrainerSection
 from trainer.runtime import signals
 from trainer.runtime.console import is_main_process, progress
 from trainer.runtime.files import save_tensors
@@ -38,10 +39,8 @@ class StageResult:
     total_parameters: int
 
 
-def arguments(
-    given: dict[str, Any], defaults: dict[str, Any], output_dir: Path, seed: int, *, partitions: bool = False
-) -> dict[str, Any]:
-    """Keyword arguments for a trainer's arguments class: the recipe's over the stage's over the project's own.
+def arguments(section: TrainerSection, output_dir: Path, seed: int, *, partitions: bool = False) -> dict[str, Any]:
+    """Keyword arguments for a trainer's arguments class: the section's over the project's own.
 
     Checkpointing is ours (transformers' own resume does not restore fused experts, huggingface/transformers#48805),
     and columns are kept because rows carry spans that no model signature names. `partitions`: ZeRO-3 holds the model.
@@ -62,7 +61,7 @@ def arguments(
         "ddp_find_unused_parameters": False,  # the split touches every parameter in every batch
         "ddp_broadcast_buffers": False,  # buffers are constants
     }
-    chosen = {**own, **defaults, **given}
+    chosen = {**own, **section.trainer_arguments}
     checkpointing = [chosen.pop(name, None) for name in (OLD_CHECKPOINTING, NEW_CHECKPOINTING)]
     details = [chosen.pop(f"{name}_kwargs", None) for name in (OLD_CHECKPOINTING, NEW_CHECKPOINTING)]
     name = NEW_CHECKPOINTING if hasattr(TrainingArguments, NEW_CHECKPOINTING) else OLD_CHECKPOINTING

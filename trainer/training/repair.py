@@ -26,6 +26,7 @@ from trainer.model.chat import ChatTurn, encode, pad, pad_id
 from trainer.moe.routing import Trace, flip_rate, pin, record
 from trainer.moe.sharding import is_sharded, partitions
 from trainer.moe.trainable import Trained
+from trainer.recipe.sections import RepairSection
 from trainer.training.loop import StageResult, arguments, configs_kept, stop_unless_finite, train
 from trainer.training.resume import ResumableTrainer
 
@@ -42,33 +43,11 @@ class Row:
     source: str
 
 
-@dataclass(frozen=True)
-class RepairOptions:
-    """What the stage needs from the recipe's `repair` section."""
-
-    routing: Literal["frozen", "replay"] = "frozen"
-    train_gates: bool = False
-    retain_weight: float = 1.0
-    retain_loss: Literal["kl", "ce"] = "kl"
-    first_token_weight: float = 0.0
-
-
-DEFAULTS: dict[str, Any] = {
-    "learning_rate": 1e-3,
-    "per_device_train_batch_size": 16,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 10,
-    "weight_decay": 0.0,
-    "max_length": 512,
-}
-
-
 def repair_experts(
     trained: Trained,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
-    options: RepairOptions,
-    trainer_args: dict[str, Any],
+    section: RepairSection,
     folder: Path,
     seed: int,
     inputs: str = "",
@@ -80,15 +59,15 @@ def repair_experts(
         NonFiniteLossError: training diverged; the weights before the step are kept in `folder`.
     """
     config = SFTConfig(
-        **arguments(trainer_args, DEFAULTS, folder, seed, partitions=partitions(trained.model)),
+        **arguments(section, folder, seed, partitions=partitions(trained.model)),
         # The load-balancing loss is on by default in MoE configs and would move routing behind our back.
         router_aux_loss_coef=0.0,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     dataset = _dataset(tokenizer, rows, config.max_length)
-    trained.train_experts(routers=options.train_gates)
+    trained.train_experts(routers=section.train_gates)
     with configs_kept(trained.model):
-        trainer = ExpertRepairTrainer(trained, options, folder, tokenizer, config, dataset)
+        trainer = ExpertRepairTrainer(trained, section, folder, tokenizer, config, dataset)
         try:
             return train(trainer, "repair", inputs)
         finally:
@@ -128,13 +107,13 @@ class ExpertRepairTrainer(ResumableTrainer, SFTTrainer):
     def __init__(
         self,
         trained: Trained,
-        options: RepairOptions,
+        section: RepairSection,
         folder: Path,
         tokenizer: PreTrainedTokenizerBase,
         config: SFTConfig,
         dataset: Dataset,
     ):
-        self.trained, self.options, self.folder = trained, options, folder
+        self.trained, self.section, self.folder = trained, section, folder
         self._replayed: Reference | None = None
         self._own_forward = trained.model.__dict__.get("forward")
         padding = pad_id(tokenizer)
@@ -166,7 +145,7 @@ class ExpertRepairTrainer(ResumableTrainer, SFTTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         inputs = self._prepare_inputs(inputs)
-        if self.options.routing == "frozen":
+        if self.section.routing == "frozen":
             return super().training_step(model, inputs, num_items_in_batch)
         self._replayed = self._reference(model, inputs, torch.ones_like(inputs["retain"]))
         # Pinned through backward as well: checkpointing recomputes the forward there.
@@ -200,7 +179,7 @@ class ExpertRepairTrainer(ResumableTrainer, SFTTrainer):
         """Unweighted loss per row [B], detached, and the weighted loss."""
         retain_B = inputs["retain"]
         loss_BR = F.cross_entropy(logits_BRV.transpose(1, 2).float(), targets_BR, reduction="none")
-        use_kl = self.options.retain_loss == "kl" and self.options.retain_weight > 0
+        use_kl = self.section.retain_loss == "kl" and self.section.retain_weight > 0
         if use_kl and retain_B.any():
             loss_BR = loss_BR.index_copy(0, retain_B.nonzero()[:, 0], self._kl(model, inputs, logits_BRV[retain_B]))
         elif use_kl and self._replayed is None and is_sharded(self.trained.model):
@@ -209,8 +188,8 @@ class ExpertRepairTrainer(ResumableTrainer, SFTTrainer):
         loss_B = (loss_BR * mask_BR).sum(1) / mask_BR.sum(1).clamp(min=1)
         first_B1 = mask_BR.int().argmax(1, keepdim=True)
         decision_B = loss_BR.gather(1, first_B1)[:, 0] * mask_BR.any(1)
-        weight_B = torch.where(retain_B, self.options.retain_weight, 1.0)
-        return loss_B.detach(), (weight_B * (loss_B + self.options.first_token_weight * decision_B)).mean()
+        weight_B = torch.where(retain_B, self.section.retain_weight, 1.0)
+        return loss_B.detach(), (weight_B * (loss_B + self.section.first_token_weight * decision_B)).mean()
 
     def _response_logits(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Logits that predict the positions from the batch's first response token on, those tokens, and the span."""

@@ -15,6 +15,7 @@ from typing import TypeVar
 from data_prep.errors import UserError
 from data_prep.schema import Corpus, Prompt, Wrapper
 from data_prep.wrappers import recombine
+from trainer.recipe.sections import RepairSection
 from trainer.training.consistency import ConsistencyRow
 from trainer.training.repair import Row
 
@@ -32,23 +33,11 @@ class Target:
     refusal: str
 
 
-@dataclass(frozen=True)
-class Mix:
-    """How many rows of which kind, per target (see the recipe's `repair` section)."""
-
-    recombined: float
-    robust: float
-    anchors: float
-    wrapped_benign: float
-    plain_benign: float
-    borderline: float
-
-
 def repair_rows(
     targets: Sequence[Target],
     refusals: dict[str, str],
     corpus: Corpus,
-    mix: Mix,
+    mix: RepairSection,
     reply: Reply,
     judge: Judge,
     seed: int,
@@ -56,6 +45,7 @@ def repair_rows(
     """All rows of the repair stage.
 
     Args:
+        mix: says how many rows of which kind there are for each target.
         refusals: goal id -> the model's refusal of the plain goal, for every refused goal.
         reply: replies of the *original* model; asked once for all retain rows.
     """

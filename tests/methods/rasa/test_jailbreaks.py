@@ -9,14 +9,14 @@ import pytest
 
 from data_prep.corpus import load_corpus
 from trainer.methods.rasa.method import jailbreaks
-from trainer.recipe.schema import Recipe
+from trainer.methods.table import load_recipe
 
 Small = Callable[..., Path]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.75])
 def test_every_seen_family_has_its_turn_and_recombined_ones_their_share(small: Small, share: float) -> None:
-    recipe = Recipe.load(small(detect__recombined=share, detect__max_pairs=48))
+    recipe = load_recipe(small(detect__recombined=share, detect__max_pairs=48))
     subject = SimpleNamespace(recipe=recipe, corpus=load_corpus(recipe.data, 0))
     families = Counter(wrapper.family for wrapper in jailbreaks(subject))  # type: ignore[arg-type]
     recombined = families.pop("recombined", 0)

@@ -1,0 +1,66 @@
+"""What every section of a recipe has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from data_prep.config import NamesFile
+from trainer.recipe.trainer_arguments import check_trainer_arguments
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Weight = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A part of the recipe. Values are not coerced: YAML already has types, and `"8"` for 8 is most often a slip."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True, protected_namespaces=())
+
+
+class TrainerSection(Section):
+    """A section that also takes any field of a trainer's arguments class, flat beside its own keys.
+
+    `trainer_defaults`: what the stage sets where the recipe does not, and the arguments class would set otherwise.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    arguments_class: ClassVar[str]
+    trainer_defaults: ClassVar[dict[str, Any]] = {}
+
+    @property
+    def given_arguments(self) -> dict[str, Any]:
+        """The arguments of the trainer that the recipe gives."""
+        return dict(self.model_extra or {})
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """The arguments of the trainer: the recipe's, over the stage's own defaults."""
+        return {**self.trainer_defaults, **self.given_arguments}
+
+    @model_validator(mode="after")
+    def _known_to_the_trainer(self) -> TrainerSection:
+        check_trainer_arguments(self.arguments_class, self.given_arguments, own=list(type(self).model_fields))
+        return self
+
+
+def files_named(section: BaseModel) -> Iterator[str]:
+    """The values of every key that is marked as naming a file or folder (`NamesFile`), section by section."""
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, BaseModel):
+                yield from files_named(part)
+            elif isinstance(part, str) and any(isinstance(mark, NamesFile) for mark in _marks(field)):
+                yield part
+
+
+def _marks(field: Any) -> list[Any]:
+    """Metadata of a field and of the members of its union (`FileName | None`)."""
+    found = list(field.metadata)
+    for member in getattr(field.annotation, "__args__", ()):
+        found += getattr(member, "__metadata__", ())
+    return found
