@@ -63,21 +63,21 @@ def run(
     force: Annotated[bool, typer.Option("--force", help="Start anew: empties the run folder.")] = False,
 ) -> None:
     """Run a recipe; run it again to resume."""
-    from trainer.run.folder import Run
+    from trainer.pipeline.experiment import opened
 
     loaded = _recipe(recipe, overrides)
-    with Run.open(loaded, force=force) as opened:
-        _method(loaded).run(loaded, opened)
+    with opened(loaded, force=force) as folder:
+        _method(loaded).run(folder)
 
 
 @app.command()
 def detect(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Find the safety-critical experts, and stop there."""
-    from trainer.run.folder import Run
+    from trainer.pipeline.experiment import opened
 
     loaded = _recipe(recipe, overrides)
-    with Run.open(loaded) as opened:
-        _method(loaded).detect(loaded, opened)
+    with opened(loaded) as folder:
+        _method(loaded).detect(folder)
 
 
 @app.command()
@@ -133,32 +133,21 @@ def evaluate(
     overrides: Overrides = None,
 ) -> None:
     """Measure a model or a run's model; prints JSON."""
-    from trainer.pipeline.experiment import Subject
-    from trainer.recipe.sections import ModelSection
-    from trainer.run.folder import model_of
+    from trainer.pipeline.measure import measure_alone
 
-    loaded = _recipe(suite, overrides)
-    model = ModelSection(
-        name_or_path=model_of(model_or_run),
-        dtype=loaded.model.dtype,
-        trust_remote_code=loaded.model.trust_remote_code,
-    )
-    # Only the result goes to standard output, so that it can be piped.
-    with contextlib.redirect_stdout(sys.stderr):
-        subject = Subject.of(loaded.model_copy(update={"model": model}))
-        measured = subject.suite.measure(subject.model, subject.tokenizer, label="evaluate")
+    measured = measure_alone(_recipe(suite, overrides), model_or_run)
     if is_main_process():
-        print(json.dumps(measured.metrics, indent=2))
+        print(json.dumps(measured, indent=2))
 
 
 @app.command()
 def report(run: RunFolder) -> None:
     """Write <run>/report.html."""
+    from trainer.methods.table import report_of
+    from trainer.pipeline.experiment import method_of_run
     from trainer.reporting import html
-    from trainer.run.folder import Manifest
 
-    Manifest.read(run)
-    say(f"report: {html.write(run)}")
+    say(f"report: {html.write(run, report_of(method_of_run(run)))}")
 
 
 @app.command()
@@ -180,10 +169,11 @@ def compare(
 @app.command()
 def export(run: RunFolder) -> None:
     """Write a run's model to <run>/model."""
-    from trainer.run.folder import Run
+    from trainer.methods.table import recipe_of
+    from trainer.pipeline.experiment import reopened
 
-    with Run.reopen(run) as opened:
-        _method(opened.recipe).export(opened.recipe, opened)
+    with reopened(run, recipe_of) as folder:
+        _method(folder.recipe).export(folder)
 
 
 @app.command()
@@ -224,7 +214,7 @@ def steer(
 ) -> None:
     """Generate under steering (SteerMoE); prints JSON Lines."""
     from data_prep.errors import UserError
-    from trainer.pipeline.steered_replies import read_prompts, steered_replies
+    from trainer.pipeline.steer_replies import read_prompts, steered_replies
 
     asked = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
     if not asked:

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from trainer.pipeline.experiment import Opened
+    from trainer.planning.planned import Planned
     from trainer.recipe.schema import Recipe
-    from trainer.run.folder import Run
+    from trainer.reporting.artefacts import Artefacts
+    from trainer.reporting.method_report import MethodReport
 
-ReportSections = Callable[..., object]
+Report = Callable[["Artefacts"], "MethodReport"]
 
 
 class Method(Protocol):
     """One way to make a model safer, from the base model to its evidence."""
 
-    def run(self, recipe: Recipe, run: Run) -> None: ...
-    def detect(self, recipe: Recipe, run: Run) -> None: ...
-    def export(self, recipe: Recipe, run: Run) -> None: ...
+    def run(self, opened: Opened[Any]) -> None:
+        """Everything, from the base model to `evaluation.json` and the report; what is done already is kept."""
+
+    def detect(self, opened: Opened[Any]) -> None:
+        """Up to what the method would act on, and no further."""
+
+    def export(self, opened: Opened[Any]) -> None:
+        """Write the checkpoint of a run again. `UserError` for a method that changes no weight."""
+
+    def planned(self, recipe: Recipe) -> Planned:
+        """What a run holds, trains and may change, for the planner; nothing is loaded."""

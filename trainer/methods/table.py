@@ -15,7 +15,7 @@ from typing import Annotated, Any, Union, cast
 from pydantic import Field, TypeAdapter
 
 from data_prep.errors import UserError
-from trainer.methods.method import Method, ReportSections
+from trainer.methods.method import Method, Report
 from trainer.recipe.errors import closest, shown
 from trainer.recipe.schema import Recipe
 from trainer.recipe.yaml import apply_overrides, read_yaml
@@ -78,8 +78,8 @@ def method_of(recipe: Recipe) -> Method:
     return cast(Method, import_module(f"{METHODS[recipe.method]}.method").METHOD)
 
 
-def report_sections(name: str) -> ReportSections | None:
+def report_of(name: str) -> Report | None:
     """What a method adds to the report and the card; None for a name that this release does not know."""
     if name not in METHODS:
         return None
-    return cast(ReportSections, import_module(f"{METHODS[name]}.report").sections)
+    return cast(Report, import_module(f"{METHODS[name]}.report").report)

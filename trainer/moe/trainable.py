@@ -89,3 +89,6 @@ class WholeModel:
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             value = whole(tensor)
             yield name, value.to(dtypes.get(name, value.dtype))
+
+
+TrainableModel = Trained

@@ -1,10 +1,12 @@
-"""The model under repair together with everything a run asks of it."""
+"""One run of a recipe: its folder, the model, the data, the judge, and everything that is asked of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -14,32 +16,92 @@ from data_prep.errors import UserError
 from data_prep.schema import Corpus
 from trainer.engines.engine import Engine, engine
 from trainer.evaluation.generation import reply
-from trainer.evaluation.judges.phrases import RefusalJudge
+from trainer.evaluation.judges.judge import Judge, judge_of
 from trainer.evaluation.suite import Suite
+from trainer.model.reply import Reply
 from trainer.moe.backbone import Backbone
 from trainer.moe.quantised import quantise
-from trainer.recipe.schema import Recipe, check_shared_experts
+from trainer.recipe.schema import Recipe
+from trainer.recipe.sections import RepliesSection
+from trainer.run.folder import Run, model_of
+from trainer.run.manifest import Manifest
+from trainer.run.step import Artefact, JsonFile, Kept, Step
 from trainer.runtime.console import say
-from trainer.runtime.files import sha256, sha256_text
+from trainer.runtime.files import fingerprint, sha256_text
 
-HASHED_WHOLE = 256 * 2**20
-"""Files up to this size (bytes) are hashed; of larger ones, weights mostly, name, size and time must do."""
+__all__ = [
+    "Experiment",
+    "JsonFile",
+    "Kept",
+    "Opened",
+    "Step",
+    "checkpoint_of",
+    "method_of_run",
+    "opened",
+    "reopened",
+]
+
+R = TypeVar("R", bound=Recipe)
+M = TypeVar("M")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Opened(Generic[R]):
+    """A recipe whose run folder is open; nothing is loaded yet."""
+
+    recipe: R
+    run: Run
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.run.dir
+
+    def load(self) -> Experiment[R]:
+        """Load everything that the recipe names; raises as `Experiment.of`."""
+        return Experiment.of(self.recipe, self.run)
+
+
+@contextmanager
+def opened(recipe: R, *, force: bool = False) -> Iterator[Opened[R]]:
+    """The run folder of a recipe, made or taken up; `force` empties it first. Raises as `Run.open`."""
+    with Run.open(recipe, force=force) as run:
+        yield Opened(recipe, run)
+
+
+@contextmanager
+def reopened(folder: Path, recipe_of: Callable[..., Recipe]) -> Iterator[Opened[Recipe]]:
+    """An existing run folder with the recipe that it keeps. Raises as `Run.reopen`."""
+    with Run.reopen(folder, recipe_of) as run:
+        yield Opened(run.recipe, run)
+
+
+def method_of_run(folder: Path) -> str:
+    """Name of the method that a run folder was made by. `UserError` where it is none."""
+    return str(Manifest.read(folder).recipe.get("method"))
+
+
+def checkpoint_of(model_or_run: str) -> str:
+    """The repaired model's folder where a run folder is named, else the name itself."""
+    return model_of(model_or_run)
 
 
 @dataclass
-class Subject:
-    """Model, data, judge and questions of one run."""
+class Experiment(Generic[R]):
+    """Model, data, judge and questions of one run. `run` is None where nothing is kept (a measurement alone)."""
 
-    recipe: Recipe
+    recipe: R
+    run: Run | None
     tokenizer: PreTrainedTokenizerBase
     backbone: Backbone
     corpus: Corpus
-    judge: RefusalJudge
+    judge: Judge
     suite: Suite
-    fingerprint: str
+    _fingerprints: dict[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, recipe: Recipe) -> Subject:
+    def of(cls, recipe: R, run: Run | None = None) -> Experiment[R]:
         """Load everything a recipe names, check the model's contract and split the model as the engine does.
 
         Raises:
@@ -54,20 +116,23 @@ class Subject:
                 f"model.quantization: packed weights cannot be split over processes, found engine {engine().name}; "
                 "allowed: single, ddp, zero1, zero2"
             )
-        _refuse_optimisers(recipe)
         backbone, tokenizer = engine().load(recipe.model)
-        check_shared_experts(recipe, backbone.model.config.model_type, backbone.shared_layers)
-        judge = RefusalJudge(recipe.evaluate.refusal_markers)
-        suite = Suite(
-            corpus,
-            judge,
-            max_new_tokens=recipe.evaluate.max_new_tokens,
-            batch_size=recipe.evaluate.batch_size,
-            wraps_per_benign=recipe.evaluate.wraps_per_benign,
-        )
-        subject = cls(recipe, tokenizer, backbone, corpus, judge, suite, _fingerprint(recipe))
-        subject.hold(backbone)
-        return subject
+        judge = judge_of(recipe.evaluate)
+        suite = Suite(corpus, judge, recipe.evaluate, recipe.data)
+        experiment = cls(recipe, run, tokenizer, backbone, corpus, judge, suite)
+        experiment.hold(backbone)
+        return experiment
+
+    # --- the model --------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.backbone.model
+
+    @property
+    def engine(self) -> Engine:
+        """How this process holds the model."""
+        return engine()
 
     def hold(self, backbone: Backbone) -> None:
         """Put a whole model where it runs: quantised as the recipe says, split over processes as the engine does."""
@@ -80,60 +145,69 @@ class Subject:
         """Whether the model in memory is no longer whole, so that experts are split out of a fresh copy."""
         return self.engine.shards or self.recipe.model.quantization is not None
 
-    def reloaded(self) -> Subject:
+    def reloaded(self) -> Experiment[R]:
         """The same with a fresh copy of the model, to be split into trainable and frozen experts. Collective."""
         backbone, tokenizer = engine().load(self.recipe.model)
         return replace(self, backbone=backbone, tokenizer=tokenizer)
 
-    @property
-    def engine(self) -> Engine:
-        """How this process holds the model."""
-        return engine()
-
-    @property
-    def model(self) -> PreTrainedModel:
-        return self.backbone.model
-
-    def hash(self, *sections: str) -> str:
-        """Hash of these sections of the recipe and of the model's and data's files: what a stage's result rests on."""
-        return sha256_text(self.recipe.hash("model", "data", "run.seed", *sections) + self.fingerprint)
-
-    def replies_of(self, model: PreTrainedModel) -> Callable[[Sequence[str], str], list[str]]:
-        """(prompts, label) -> replies of `model`, as detection and the training rows ask for them."""
-        detect = self.recipe.detect
-        return lambda prompts, label: reply(
-            model,
+    def ask(
+        self, prompts: Sequence[str], label: str, *, section: RepliesSection, model: PreTrainedModel | None = None
+    ) -> list[Reply]:
+        """Replies of the model, or of another one, as detection and the training rows ask for them."""
+        return reply(
+            model if model is not None else self.model,
             self.tokenizer,
             prompts,
-            max_new_tokens=detect.max_new_tokens,
+            max_new_tokens=section.max_new_tokens,
             batch_size=self.recipe.evaluate.batch_size,
             label=label,
         )
 
+    # --- the run folder ---------------------------------------------------------------------------
 
-def _refuse_optimisers(recipe: Recipe) -> None:
-    """bitsandbytes' optimisers (0.50) step plain tensors; FSDP2 holds parameters as DTensors."""
-    for name, section in (("repair", recipe.repair), ("consistency", recipe.consistency)):
-        optim = str(section.trainer_args.get("optim", ""))
-        if engine().name == "fsdp2" and any(part in optim for part in ("8bit", "bnb", "paged")):
-            raise UserError(
-                f"{name}.optim: found {optim!r}, which cannot step parameters that fsdp2 splits; allowed: "
-                "adamw_torch, or another engine (single, ddp, zero1, zero2, zero3)"
-            )
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self._run.dir
 
+    @property
+    def _run(self) -> Run:
+        assert self.run is not None, "nothing is kept without a run folder"
+        return self.run
 
-def _fingerprint(recipe: Recipe) -> str:
-    """Digest of the local files that the recipe names, so that a changed file is noticed when a run is resumed."""
-    data = recipe.data
-    sources = [data.harmful, data.benign, data.borderline]
-    names = [recipe.model.name_or_path, data.jailbreaks.path, *(task.path for task in data.capability)]
-    names += [path for source in sources for path in (source.path, source.test_path) if path]
-    parts = []
-    for name in dict.fromkeys(names):
-        path = Path(name)
-        for file in sorted(path.glob("*")) if path.is_dir() else [path] if path.is_file() else []:
-            if file.is_file():
-                stat = file.stat()
-                small = stat.st_size <= HASHED_WHOLE
-                parts.append(f"{file.name} {sha256(file) if small else (stat.st_size, stat.st_mtime_ns)}")
-    return sha256_text("\n".join(parts))
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of this release and its libraries, as the manifest has them."""
+        return self._run.manifest.versions
+
+    def step(
+        self,
+        name: str,
+        make: Callable[[], M],
+        kept: Artefact[M, T],
+        *,
+        reads: Sequence[str] = (),
+        after: Sequence[Step[Any]] = (),
+    ) -> Step[T]:
+        """`Run.step`; `reads` names the recipe's sections and keys that the step depends on.
+
+        Model, data and seed, and the files that these and the sections name, are always among its inputs.
+        """
+        return self._run.step(name, make, kept, inputs=self._inputs(reads), after=after)
+
+    def identity(self, name: str, reads: Sequence[str], after: Sequence[Step[Any]]) -> str:
+        """What a checkpoint in the middle of a step must agree with."""
+        return self._run.identity(name, self._inputs(reads), after)
+
+    def stage_dir(self, number: int, name: str) -> Path:
+        """The folder `stages/<number>-<name>/`."""
+        return self._run.stage_dir(number, name)
+
+    def _inputs(self, reads: Sequence[str]) -> str:
+        sections = ("model", "data", "run.seed", *reads)
+        files = []
+        for name in self.recipe.files(*sections):
+            if name not in self._fingerprints:
+                self._fingerprints[name] = fingerprint(name)
+            files.append(self._fingerprints[name])
+        return sha256_text("\n".join([self.recipe.hash(*sections), *files]))

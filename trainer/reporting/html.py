@@ -2,7 +2,7 @@
 
 What is read, all but the first optional; keys that a file lacks are left out of the report or named as missing:
 
-- `evaluation.json`: `{"before": M, "after": M, "diagnostics": D}` as in docs/architecture.md. Of D:
+- `evaluation.json`: `{"before": M, "after": M, "diagnostics": D}` as in docs/evaluation-json.md. Of D:
   `router_restore_gap`, `topk_flip_rate`, `gate_weights_changed` (share), `experts_changed`, `experts_total`,
   `untouched_identical`, `random_control` and `full_finetuning` (each M or a part of it),
   `drift_per_layer` [{layer, flip_rate, kl}], `parameters` {trained, total}, `cost` {name: number or text}.
@@ -20,35 +20,38 @@ from typing import Any
 
 from markupsafe import Markup
 
-from trainer.reporting import plots, sections, steering_section
+from trainer.reporting import plots, sections
 from trainer.reporting.artefacts import Artefacts, read
 from trainer.reporting.figures import Figure, collect, control_metrics
+from trainer.reporting.method_report import MethodReport, Report
 from trainer.reporting.templates import template
 from trainer.reporting.verdict import cautions, headline
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
-def write(run_dir: Path) -> Path:
+def write(run_dir: Path, report: Report | None = None) -> Path:
     """Write `report.html` into the run folder and return its path.
+
+    Args:
+        report: what the run's method adds; None where the method is not known.
 
     Raises `UserError` where `evaluation.json` is absent or an artefact that is present cannot be read.
     """
     run = read(Path(run_dir))
     path = run.folder / "report.html"
     partial = path.with_name("report.html.partial")
-    partial.write_text(_render(run), encoding="utf-8")
+    partial.write_text(_render(run, report(run) if report else MethodReport()), encoding="utf-8")
     partial.replace(path)
     return path
 
 
-def _render(run: Artefacts) -> str:
+def _render(run: Artefacts, method: MethodReport) -> str:
     figures = collect(run.evaluation)
     verdict, sentences = headline(figures)
-    steering = steering_section.facts(run)
     return template(_TEMPLATE, escape=True).render(
         title=run.manifest.get("name") or run.folder.resolve().name,
-        kind="steering" if steering else "repair",
+        kind=method.kind,
         about=sections.about(run),
         verdict=verdict,
         sentences=sentences,
@@ -56,8 +59,7 @@ def _render(run: Artefacts) -> str:
         controls=list(control_metrics(run.evaluation)),
         rows=[sections.table_row(figure) for figure in figures],
         changed=sections.what_changed(run),
-        steering=steering,
-        sweep=steering_section.sweep(run),
+        method=method.sections,
         experts=sections.experts_by_layer(run),
         pairs=sections.pairs(run),
         costs=sections.costs(run),

@@ -6,10 +6,8 @@ from typing import Any
 
 from trainer.reporting.artefacts import Artefacts
 from trainer.reporting.figures import Figure
+from trainer.reporting.method_report import Facts
 from trainer.reporting.verdict import percent
-
-Facts = list[tuple[str, str]]
-"""(name, value) in the order shown."""
 
 _OUTCOMES = {
     "anchor_refused": "Plain goals that the model refused (usable)",

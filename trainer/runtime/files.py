@@ -1,18 +1,14 @@
-"""Files of a run: written whole or not at all, hashed, and locked against a second run."""
+"""Files: written whole or not at all, and hashed."""
 
 import contextlib
-import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-
-from data_prep.errors import UserError
 
 
 @contextlib.contextmanager
@@ -83,29 +79,17 @@ def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-class Lock:
-    """An exclusive lock on a file. The system frees it when the process ends, however it ends."""
+HASHED_WHOLE = 256 * 2**20
+"""Files up to this size (bytes) are hashed; of larger ones, weights mostly, name, size and time must do."""
 
-    def __init__(self, file: IO[str]) -> None:
-        self._file = file
 
-    @classmethod
-    def take(cls, path: Path, held: str) -> "Lock":
-        """Lock `path`, or `UserError` with the line `held`, in which `{pid}` stands for the holder."""
-        file = path.open("a+", encoding="ascii")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            pid = file.read().strip() or "unknown"
-            file.close()
-            raise UserError(held.format(pid=pid)) from None
-        file.seek(0)
-        file.truncate()
-        file.write(str(os.getpid()))
-        file.flush()
-        return cls(file)
-
-    def release(self) -> None:
-        """Free the lock; a second call does nothing."""
-        self._file.close()
+def fingerprint(name: str) -> str:
+    """What tells a changed file or folder (its own files, not those below) from the former one; empty for no path."""
+    path = Path(name)
+    parts = []
+    for file in sorted(path.glob("*")) if path.is_dir() else [path] if path.is_file() else []:
+        if file.is_file():
+            stat = file.stat()
+            small = stat.st_size <= HASHED_WHOLE
+            parts.append(f"{file.name} {sha256(file) if small else (stat.st_size, stat.st_mtime_ns)}")
+    return "\n".join(parts)

@@ -3,18 +3,25 @@
 from typing import Any
 
 from trainer.reporting.artefacts import Artefacts
-from trainer.reporting.sections import Facts
+from trainer.reporting.method_report import Facts, MethodReport, MethodSection
 from trainer.reporting.verdict import percent
 
 SWEEP = ("asr_seen", "asr_unseen", "over_refusal", "benign_compliance", "degenerate")
 
 
-def facts(run: Artefacts) -> Facts:
-    """(name, value) in the order shown; empty for a run without steering."""
+def report(run: Artefacts) -> MethodReport:
+    """The section on the steering, where the run has come so far."""
     steering = run.diagnostics.get("steering")
     if not isinstance(steering, dict):
-        return []
-    changed = steering["tokens_changed"]
+        return MethodReport("steering")
+    columns, rows = sweep(run)
+    section = MethodSection("steering", "Steering", facts(run, steering), columns, rows)
+    return MethodReport("steering", [section], "Nothing: steering changes no weight.")
+
+
+def facts(run: Artefacts, steering: dict[str, Any]) -> Facts:
+    """(name, value) in the order shown."""
+    changed = steering.get("tokens_changed") or []
     found: Facts = []
     for name, active in (("Experts activated", True), ("Experts deactivated", False)):
         named = [
@@ -24,7 +31,8 @@ def facts(run: Artefacts) -> Facts:
         ]
         found.append((f"{name} (layer.expert)", ", ".join(named) or "none"))
     found.append(("Strength", f"{steering['strength']:g}"))
-    found.append(("Forced on every token of the probe prompts", "yes" if steering["forced"] else "no"))
+    if "forced" in steering:
+        found.append(("Forced on every token of the probe prompts", "yes" if steering["forced"] else "no"))
     gate = steering.get("gate")
     if gate:
         accuracy = percent(gate["held_out_balanced_accuracy"])
@@ -33,11 +41,11 @@ def facts(run: Artefacts) -> Facts:
         found += [
             (f"Ungated: {key}", percent(ungated[key]["rate"]))
             for key in ("asr_seen", "asr_unseen", "over_refusal", "benign_compliance", "benign_wrapped_compliance")
+            if key in ungated
         ]
-    fluency = steering["perplexity"]
-    found.append(
-        ("Perplexity of replies under the original model", f"{fluency['before']:.2f}, steered {fluency['after']:.2f}")
-    )
+    if fluency := steering["perplexity"]:
+        values = f"{fluency['before']:.2f}, steered {fluency['after']:.2f}"
+        found.append(("Perplexity of replies under the original model", values))
     found += [
         (
             f"Attack success, {name}",
@@ -58,8 +66,8 @@ def sweep(run: Artefacts) -> tuple[list[str], list[list[str]]]:
             str(row["n_neg"]),
             f"{row['strength']:g}",
             "yes" if row["gated"] else "no",
-            *(percent(row["metrics"][name]["rate"]) for name in SWEEP),
-            f"{row['perplexity']:.2f}",
+            *(percent(row["metrics"][name]["rate"]) if name in row["metrics"] else "" for name in SWEEP),
+            f"{row['perplexity']:.2f}" if row["perplexity"] is not None else "",
         ]
         for row in rows
         if "metrics" in row

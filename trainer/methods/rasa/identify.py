@@ -1,0 +1,126 @@
+"""RASA, step 1: pairs, activation counts, scores, top-K. Kept in the run folder; adversarial replies are not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import cycle
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.schema import Wrapper
+from data_prep.wrappers import recombine
+from trainer.detection.counts import Counts, count_activations
+from trainer.detection.critical import scoring, select, topic_control
+from trainer.detection.pairs import PairReport, build_pairs, read_pairs
+from trainer.detection.selection import resolve_k
+from trainer.methods.rasa.recipe import RasaRecipe
+from trainer.model.reply import Reply
+from trainer.moe.expert_set import ExpertSet
+from trainer.pipeline.experiment import Experiment, Kept, Step
+from trainer.reporting import plots
+from trainer.runtime.console import say
+from trainer.runtime.files import atomic_write, replacing
+from trainer.training.rows import Target
+
+
+@dataclass(frozen=True)
+class Critical:
+    """The critical experts, the jailbreaks that showed them and the refusals (by goal) they should have met."""
+
+    experts: ExpertSet
+    targets: list[Target]
+    refusals: dict[str, Reply]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is written: nothing of it is an adversarial text."""
+
+    pairs: PairReport
+    counts: Counts
+    scores_LE: NDArray[np.float64]
+    experts: ExpertSet
+
+
+def identify(experiment: Experiment[RasaRecipe]) -> Step[Critical]:
+    """The critical experts of the experiment's model.
+
+    Raises:
+        UserError: the model refuses nothing, no jailbreak works, or `detect.top_k` does not fit the model.
+    """
+    detect = experiment.recipe.detect
+    sizes = [layer.num_experts for layer in experiment.backbone]
+    k = resolve_k(detect.top_k, sum(sizes), detect.per_layer_cap, len(sizes))
+    wrappers = jailbreaks(experiment)
+    names = ("pairs.jsonl", "activations.parquet", "expert_set.json", "expert_set.png")
+    pairs, activations, expert_set, heat_map = files = [experiment.folder / name for name in names]
+
+    def write(found: Found) -> None:
+        atomic_write(pairs, found.pairs.jsonl())
+        frame = found.counts.frame()
+        frame["score"] = np.concatenate([found.scores_LE[i, :n] for i, n in enumerate(found.counts.experts)])
+        with replacing(activations) as temporary:
+            frame.to_parquet(temporary, index=False)
+        atomic_write(expert_set, found.experts.to_json())
+        plots.save_heat_map(frame, found.experts.pairs, heat_map)
+
+    def read() -> Critical:
+        goals = {goal.id: goal for goal in experiment.corpus.harmful.train}
+        by_id = {wrapper.id: wrapper for wrapper in wrappers}
+        refusals, kept = read_pairs(pairs)
+        targets = [Target(goals[goal], by_id[wrapper], refusals[goal]) for goal, wrapper in kept]
+        return Critical(ExpertSet.load(expert_set), targets, refusals)
+
+    return experiment.step(
+        "detect",
+        lambda: _find(experiment, wrappers, k),
+        Kept(write, lambda: files, read),
+        reads=["detect", "evaluate.judge", "evaluate.refusal_markers"],
+    )
+
+
+def _find(experiment: Experiment[RasaRecipe], wrappers: list[Wrapper], k: int) -> Found:
+    recipe, backbone, tokenizer = experiment.recipe, experiment.backbone, experiment.tokenizer
+    detect = recipe.detect
+    ask = partial(experiment.ask, section=detect)
+    report = build_pairs(experiment.corpus.harmful.train, wrappers, ask, experiment.judge, detect.max_pairs)
+    counts = count_activations(backbone, tokenizer, report.pairs, detect.tokens, detect.batch_size)
+    scores = scoring(backbone, tokenizer, report.pairs, counts, detect)
+    experts = select(scores, counts, k, detect, recipe.run.seed)
+    control = topic_control(backbone, tokenizer, report.pairs, counts, experts, detect)
+    about: dict[str, object] = {
+        "score": detect.score,
+        "tokens": detect.tokens,
+        "topic_control": control._asdict(),
+    }
+    if scores.shared:
+        about["shared_experts"] = scores.shared
+    experts = replace(experts, model=recipe.model.name_or_path, about=experts.about | about)
+    if detect.shared_experts:
+        experts = experts.with_shared(backbone.shared_layers)
+    also = f" and the shared experts of {len(experts.shared)} layers" if experts.shared else ""
+    say(
+        f"detect: {len(report.pairs)} pairs kept; {len(experts)} of {experts.total} experts{also} selected; their "
+        f"mean activation difference is {control.difference:.3f}, with equal replies {control.with_equal_replies:.3f}"
+    )
+    if scores.shared:
+        routed = sum(member.score for member in experts) / len(experts)
+        mean = sum(scores.shared.values()) / len(scores.shared)
+        say(f"detect: mean saliency of a shared expert {mean:.3g}, of a selected one {routed:.3g}")
+    return Found(report, counts, scores.all(), experts)
+
+
+def jailbreaks(experiment: Experiment[RasaRecipe]) -> list[Wrapper]:
+    """The seen wrappers, with recombined ones between them so that these make up their share of the pairs."""
+    detect, corpus = experiment.recipe.detect, experiment.corpus
+    seen = corpus.wrappers_of("seen")
+    if detect.recombined == 0:
+        return seen
+    contexts = [prompt.text for prompt in corpus.benign.train]
+    places = [int((i + 1) * detect.recombined) > int(i * detect.recombined) for i in range(detect.max_pairs)]
+    known = [*seen, *corpus.wrappers_of("robust")]
+    made = iter(recombine(known, contexts, sum(places), experiment.recipe.run.seed))
+    turns = cycle(seen)
+    return [next(made if place else turns) for place in places]

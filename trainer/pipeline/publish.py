@@ -1,0 +1,170 @@
+"""What leaves a run: the stock checkpoint, its audit, the patch, `evaluation.json` and the report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from data_prep.errors import UserError
+from trainer.model.load import load
+from trainer.model.weight_files import local_folder
+from trainer.moe.expert_set import ExpertSet
+from trainer.moe.experts import SplitModel
+from trainer.moe.footprint import Footprint
+from trainer.moe.quantised import fuse_into, is_quantised
+from trainer.moe.sharding import is_sharded
+from trainer.moe.trainable import TrainableModel
+from trainer.pipeline.experiment import Experiment
+from trainer.recipe.sections import ExportSection
+from trainer.release.audit import audit_files, reload_check
+from trainer.release.export import save_checkpoint
+from trainer.release.patch import ABOUT, TENSORS, write_patch
+from trainer.reporting import html
+from trainer.reporting.method_report import Report
+from trainer.run.step import Kept, Step
+from trainer.runtime.console import is_main_process, say
+from trainer.runtime.files import atomic_write
+
+EVALUATION_VERSION = 1
+"""Of `evaluation.json`; docs/evaluation-json.md."""
+
+MOVED = (
+    "experts_changed",
+    "experts_total",
+    "shared_experts_changed",
+    "gate_weights_changed",
+    "untouched_identical",
+)
+"""Figures of the audit that stand in `evaluation.json`, too."""
+
+
+def export_and_audit(
+    experiment: Experiment[Any],
+    section: ExportSection,
+    stock: Callable[[], PreTrainedModel | None],
+    footprint: Footprint,
+    after: Sequence[Step[Any]],
+    experts: ExpertSet | None = None,
+) -> dict[str, Any]:
+    """Write the checkpoint, reload it from disk and prove what moved; `audit.json`.
+
+    Args:
+        stock: the edited model as transformers knows it, on the CPU of rank 0; None on the others. Collective.
+        footprint: what the stages may have changed.
+        experts: the critical experts, to be named in the patch.
+
+    Raises:
+        RuntimeError: something outside the footprint moved, or the reloaded checkpoint answers differently. The
+            checkpoint is kept for inspection, the step does not count as done.
+    """
+    audit_path, folder = experiment.folder / "audit.json", experiment.folder / "model"
+    patch = [experiment.folder / name for name in (TENSORS, ABOUT)]
+
+    def make() -> dict[str, Any]:
+        vocabulary = experiment.model.config.get_text_config().vocab_size
+        ids = torch.arange(8).unsqueeze(0) % vocabulary
+        model = stock()
+        if model is None:
+            return {}
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits
+        save_checkpoint(model, experiment.tokenizer, folder, max_shard_size=section.max_shard_size)
+        dtype = model.dtype
+        del model  # of a sharded model the one whole copy: what is read back takes its place
+        base = local_folder(experiment.recipe.model.name_or_path, experiment.recipe.model.revision)
+        audit = audit_files(base, folder, footprint)
+        audit |= reload_check(folder, logits, ids, dtype=dtype, device=torch.device("cpu"))
+        atomic_write(audit_path, json.dumps(audit, indent=1))
+        _refuse_failed(audit, folder)
+        if section.patch and audit["untouched_identical"] is not None:
+            _write_patch(experiment, base, folder, footprint, experts)
+        if not section.model:
+            shutil.rmtree(folder)
+        return audit
+
+    def write(audit: dict[str, Any]) -> None:
+        atomic_write(audit_path, json.dumps(audit, indent=1))
+
+    def read() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(audit_path.read_text())
+        return found
+
+    def files() -> list[Path]:
+        return [audit_path, *(path for path in (folder, *patch) if path.exists())]
+
+    return experiment.step("export", make, Kept(write, files, read), reads=["export"], after=after).value
+
+
+def _refuse_failed(audit: dict[str, Any], folder: Path) -> None:
+    if audit["moved_outside"]:
+        raise RuntimeError(f"{folder}: moved outside the footprint: {audit['moved_outside'][:5]}")
+    if not audit["reload_ok"]:
+        raise RuntimeError(f"{folder}: reloaded logits differ by {audit['reload_max_logit_difference']:.3g}")
+
+
+def _write_patch(
+    experiment: Experiment[Any], base: Path, folder: Path, footprint: Footprint, experts: ExpertSet | None
+) -> None:
+    model = experiment.recipe.model
+    for name in (TENSORS, ABOUT):
+        (experiment.folder / name).unlink(missing_ok=True)
+    try:
+        write_patch(
+            base,
+            folder,
+            experiment.folder,
+            base_name=model.name_or_path,
+            revision=model.revision,
+            footprint=footprint,
+            expert_set=experts,
+            recipe_hash=experiment.recipe.hash(),
+            versions=experiment.versions,
+        )
+    except UserError as error:  # a base stored under other names: the checkpoint is whole without a patch
+        say(f"no patch: {error}")
+
+
+def stock_of(experiment: Experiment[Any], trained: TrainableModel, lora_alpha: float | None) -> PreTrainedModel | None:
+    """The repaired model without the split, on rank 0; None on the others. Collective.
+
+    On the CPU, where a second copy fits beside it to be compared. The model itself, fused, where it is whole. Else a
+    fresh copy that takes over what was trained: all of a sharded model, one tensor after the other, so that rank 0
+    holds its shard and one whole copy; of a quantised one the trained parts alone.
+    """
+    if is_quantised(trained.model):
+        assert isinstance(trained, SplitModel), "full fine-tuning of a quantised model is refused by the recipe"
+        say("export: from the unquantised base; the figures above are those of the quantised model")
+        if not is_main_process():
+            return None
+        return fuse_into(experiment.reloaded().backbone, trained, lora_alpha)
+    if not is_sharded(trained.model):
+        trained.fuse()
+        trained.model.cpu()
+        return trained.model if is_main_process() else None
+    stock = load(experiment.recipe.model, torch.device("cpu"))[0] if is_main_process() else None
+    held = stock.state_dict() if stock is not None else {}
+    for name, tensor in trained.stock_state():
+        if stock is not None:
+            held[name].copy_(tensor)
+    return stock
+
+
+def publish(
+    experiment: Experiment[Any],
+    evaluation: dict[str, Any],
+    report: Report,
+    summary: Callable[[dict[str, Any]], None],
+) -> None:
+    """Write `evaluation.json` and the report, and print the summary; rank 0."""
+    if not is_main_process():
+        return
+    versioned = {"version": EVALUATION_VERSION, **evaluation}
+    atomic_write(experiment.folder / "evaluation.json", json.dumps(versioned, indent=1))
+    summary(versioned)
+    say(f"report: {html.write(experiment.folder, report)}")

@@ -1,0 +1,106 @@
+"""Training stages in a run folder: the model made ready, each stage done once, its weights kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import set_seed
+
+from trainer.engines.engine import engine
+from trainer.moe.expert_set import ExpertSet
+from trainer.moe.experts import SplitModel
+from trainer.moe.trainable import TrainableModel, WholeModel
+from trainer.pipeline.experiment import Experiment
+from trainer.recipe.section import TrainerSection
+from trainer.recipe.sections import RepairSection
+from trainer.run.step import Kept, Step
+from trainer.runtime.files import atomic_write, save_tensors
+from trainer.training import resume
+from trainer.training.loop import StageResult
+
+Train = Callable[[Path, str], StageResult]
+"""(folder of the stage, what a checkpoint in its middle must agree with) -> what training did."""
+
+
+def refuse_what_the_engine_cannot(sections: dict[str, TrainerSection]) -> None:
+    """Check the training sections, by name, before anything is loaded.
+
+    Raises:
+        UserError: an optimiser that cannot step parameters as this engine holds them.
+    """
+    for name, section in sections.items():
+        engine().check_optimiser(str(section.given_arguments.get("optim", "")), f"{name}.optim")
+
+
+def whole(experiment: Experiment[Any]) -> Experiment[Any]:
+    """The experiment with its model whole in memory, as splitting out experts needs it: itself, or a fresh copy."""
+    if not experiment.holds_parts:
+        return experiment
+    fresh = experiment.reloaded()
+    if experiment.recipe.model.quantization is not None:
+        experiment.model.to("meta")  # the caller still holds it: packed weights would stay beside the new ones
+    return fresh
+
+
+def split(experiment: Experiment[Any], experts: ExpertSet, section: RepairSection) -> TrainableModel:
+    """The model with its critical experts split out, or all of it for the full fine-tuning baseline.
+
+    The experiment's model is whole on entry, and held as the engine does afterwards.
+    """
+    if section.scope == "full":
+        model = WholeModel(experiment.backbone)
+        experiment.engine.shard(model.reference)
+        experiment.engine.shard(model.backbone)
+        return model
+    set_seed(experiment.recipe.run.seed)  # LoRA starts from drawn weights: the same ones in a resumed run
+    parts = SplitModel(experiment.backbone, experts, lora_rank=section.lora_rank, lora_alpha=section.lora_alpha)
+    experiment.hold(parts.backbone)
+    return parts
+
+
+def train_step(
+    experiment: Experiment[Any],
+    name: str,
+    number: int,
+    model: TrainableModel,
+    train: Train,
+    *,
+    reads: Sequence[str],
+    after: Sequence[Step[Any]],
+) -> Step[None]:
+    """Train a stage and keep its weights, or take them up where the stage was done before.
+
+    Args:
+        number: of the stage in the schedule, from 1; it draws its own random numbers.
+    """
+    folder = experiment.stage_dir(number, name)
+    state, log, sizes = folder / "state.safetensors", folder / "log.json", folder / "parameters.json"
+    identity = experiment.identity(name, reads, after)
+    holds_result = False
+
+    def make() -> tuple[dict[str, Tensor], StageResult]:
+        nonlocal holds_result
+        set_seed(experiment.recipe.run.seed + number)
+        result = train(folder, identity)
+        holds_result = True
+        return model.state_dict(), result
+
+    def write(made: tuple[dict[str, Tensor], StageResult]) -> None:
+        weights, result = made
+        save_tensors(state, weights)
+        atomic_write(log, json.dumps(result.log, indent=1))
+        counts = {"trained_parameters": result.trained_parameters, "total_parameters": result.total_parameters}
+        atomic_write(sizes, json.dumps(counts))
+
+    def read() -> None:
+        if not holds_result:
+            model.load_state_dict(load_file(state))
+
+    step = experiment.step(name, make, Kept(write, lambda: [state, log, sizes], read), reads=reads, after=after)
+    resume.clear(folder)
+    return step
