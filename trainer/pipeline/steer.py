@@ -113,7 +113,7 @@ def gate_of(experiment: Experiment[Any], asked: RepliesSection) -> Gate:
 
 
 def steering(experiment: Experiment[Any], how: Steering, gate: Gate | None = None) -> AbstractContextManager[None]:
-    """`steer` on the experiment's model. `UserError` for a gate on a sharded model, whose parts it cannot run alone."""
+    """`steer` on the experiment's model. `UserError` for a gate on a sharded model, which it cannot run alone."""
     if gate and experiment.engine.shards:
         raise UserError(f"steer.gate: not available under {experiment.engine.name}; use ddp, zero1 or zero2")
     return steer(experiment.backbone, how, gate)

@@ -24,7 +24,7 @@ class MethodSection:
 
 @dataclass(frozen=True)
 class MethodReport:
-    """`kind`: what was done to the model, in one word for the title. `edited`: the card's sentence on what was changed."""
+    """`kind`: what was done to the model, in a word for the title. `edited`: the card's sentence on what changed."""
 
     kind: str = "repair"
     sections: list[MethodSection] = field(default_factory=list)
