@@ -7,18 +7,62 @@ All sizes are bytes; `processes` is the number over which an engine splits.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Protocol
 
-from trainer.planning.rehearsal import Transient
-from trainer.planning.sizes import FP32, Held
+from trainer.engines.table import TABLE, names
 
-ENGINES = ("single", "ddp", "zero1", "zero2", "fsdp2", "zero3", "zero3-offload")
+ENGINES = tuple(TABLE)
 """From the cheapest in time to the dearest."""
-SPLIT_WEIGHTS = ("fsdp2", "zero3", "zero3-offload")
+SPLIT_WEIGHTS = names(lambda e: e.splits_parameters)
 
+FP32 = 4
 # DeepSpeed's defaults, in elements; ds_configs/*.json leave them alone.
 REDUCE_BUCKET = 500_000_000
 MAX_LIVE = 1_000_000_000
 PREFETCH = 50_000_000
+
+
+class Held(Protocol):
+    """What a model holds in a stage before an engine splits it, in bytes (`elements`: trained parameters).
+
+    `twins`: the original routers and shared experts, which no engine splits. `unit`: the largest part that is gathered
+    as one. `small`: tensors that ZeRO-3 never splits. `kept_views`: fused experts of which autograd keeps a transposed
+    view, so that ZeRO-3 frees a gathered one only after the backward pass. `gradients`: of everything that trains.
+    `states`, `states_fp32`: of the optimiser on the parameters, and on fp32 copies of them.
+    """
+
+    @property
+    def weights(self) -> int: ...
+    @property
+    def weight_elements(self) -> int: ...
+    @property
+    def twins(self) -> int: ...
+    @property
+    def unit(self) -> int: ...
+    @property
+    def small(self) -> int: ...
+    @property
+    def kept_views(self) -> int: ...
+    @property
+    def elements(self) -> int: ...
+    @property
+    def gradients(self) -> int: ...
+    @property
+    def states(self) -> int: ...
+    @property
+    def states_fp32(self) -> int: ...
+
+
+class Transient(Protocol):
+    """Bytes of a step that come and go, gradients of parameters left out.
+
+    `peak`: most at any time; `temporary`: most beyond what the forward pass left for the backward pass.
+    """
+
+    @property
+    def peak(self) -> int: ...
+    @property
+    def temporary(self) -> int: ...
 
 
 @dataclass(frozen=True)
