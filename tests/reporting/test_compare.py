@@ -28,7 +28,9 @@ def finished(folder: Path, name: str, asr: float) -> Path:
     (folder / name / "manifest.json").write_text(json.dumps({"name": name, "stages": stages}))
     sizes = {"trained_parameters": 5, "total_parameters": 100}
     (folder / name / "stages/1-repair-1/parameters.json").write_text(json.dumps(sizes))
-    (folder / name / "stages/2-consistency-1/parameters.json").write_text(json.dumps(sizes | {"trained_parameters": 1}))
+    (folder / name / "stages/2-consistency-1/parameters.json").write_text(
+        json.dumps(sizes | {"trained_parameters": 1})
+    )
     return folder / name
 
 
