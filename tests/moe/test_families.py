@@ -25,8 +25,10 @@ from tests.tiny import tiny_tokenizer, token_ids
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet, Member
 from trainer.moe.experts import SplitModel
+from trainer.moe.footprint import Footprint
 from trainer.moe.routing import pin, record
-from trainer.release.export import audit_files, reload_check, save_checkpoint
+from trainer.release.audit import audit_files, reload_check
+from trainer.release.export import save_checkpoint
 from trainer.training.consistency import ConsistencyOptions, ConsistencyRow, make_routing_consistent
 from trainer.training.repair import RepairOptions, Row, repair_experts
 
@@ -287,9 +289,9 @@ def test_the_shared_experts_of_a_set_train_and_no_others(
     torch.testing.assert_close(logits_of(model), repaired, atol=2e-5 if dtype == torch.float32 else 5e-2, rtol=1e-4)
 
     save_checkpoint(model, tiny_tokenizer(), tmp_path / "repaired")
-    audit = audit_files(tmp_path / "base", tmp_path / "repaired", chosen)
+    audit = audit_files(tmp_path / "base", tmp_path / "repaired", Footprint.of_experts(backbone, chosen))
     assert (audit["untouched_identical"], audit["shared_experts_changed"]) == (True, 1), audit["moved_outside"]
-    without = audit_files(tmp_path / "base", tmp_path / "repaired", experts)
+    without = audit_files(tmp_path / "base", tmp_path / "repaired", Footprint.of_experts(backbone, experts))
     assert len(without["moved_outside"]) == len(shared) and without["untouched_identical"] is False
     passed(**{"shared trains": True})
 
@@ -339,7 +341,8 @@ def test_a_repaired_checkpoint_loads_anywhere_and_a_damaged_one_is_caught(
     assert torch.equal(stock_python.logits(tmp_path / "repaired"), repaired)
 
     assert reload_check(tmp_path / "repaired", repaired, token_ids(), **here)["reload_ok"]
-    audit = audit_files(tmp_path / "base", tmp_path / "repaired", model.expert_set)
+    footprint = Footprint.of_experts(model.backbone, model.expert_set)
+    audit = audit_files(tmp_path / "base", tmp_path / "repaired", footprint)
     assert audit["untouched_identical"], audit["moved_outside"]
     assert audit["experts_changed"] == len(model.expert_set)
     assert audit["gate_weights_changed"] == 0.0

@@ -18,8 +18,10 @@ from tests.tiny import FAMILIES, NUM_EXPERTS, tiny_model, tiny_tokenizer, token_
 from trainer.moe.backbone import Backbone, expert_tensor_names
 from trainer.moe.expert_set import ExpertSet, Member
 from trainer.moe.experts import SplitModel
+from trainer.moe.footprint import Footprint
 from trainer.moe.quantised import Kind, Packed, fuse_into, is_quantised, quantise
-from trainer.release.export import audit_files, save_checkpoint
+from trainer.release.audit import audit_files
+from trainer.release.export import save_checkpoint
 
 pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
 
@@ -173,7 +175,9 @@ def test_the_checkpoint_holds_the_bases_own_bits_and_what_was_trained(
     repaired = fuse_into(Backbone.of(tiny_model(family)), split)
     assert not is_quantised(repaired)
     save_checkpoint(repaired, tiny_tokenizer(), tmp_path / "repaired")
-    audit = audit_files(tmp_path / "base", tmp_path / "repaired", split.expert_set)
+    stock = Backbone.of(repaired)
+    footprint = Footprint.of_experts(stock, split.expert_set) | Footprint.of_routers(stock)
+    audit = audit_files(tmp_path / "base", tmp_path / "repaired", footprint)
     assert audit["untouched_identical"] and audit["experts_changed"] == len(CHOSEN)
     if lora_rank is None:
         backbone = Backbone.of(repaired)

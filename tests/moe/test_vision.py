@@ -15,8 +15,10 @@ from trainer.model.load import read_model
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet, Member
 from trainer.moe.experts import SplitModel
+from trainer.moe.footprint import Footprint
 from trainer.moe.routing import record
-from trainer.release.export import audit_files, save_checkpoint
+from trainer.release.audit import audit_files
+from trainer.release.export import save_checkpoint
 
 IMAGE, START, PATCHES = 60, 61, 4
 """Ids inside the vocabulary of the tests' tokenizer, and the patches of an image along each side."""
@@ -71,7 +73,7 @@ def test_a_repaired_model_sees_with_the_tower_it_had(family: Family, tmp_path: P
     trained.fuse()
     save_checkpoint(model, tiny_tokenizer(), tmp_path / "repaired")
 
-    audit = audit_files(tmp_path / "base", tmp_path / "repaired", experts)
+    audit = audit_files(tmp_path / "base", tmp_path / "repaired", Footprint.of_experts(backbone, experts))
     assert (audit["untouched_identical"], audit["experts_changed"]) == (True, 1)
     reloaded = read_model(tmp_path / "repaired", torch.float32)
     assert torch.equal(logits_of(reloaded), logits_of(model))

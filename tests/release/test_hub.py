@@ -14,15 +14,16 @@ import pytest
 from huggingface_hub import ModelCard
 
 from data_prep.errors import UserError
-from tests.release.conftest import change
+from tests.release.conftest import allowed, change
 from tests.release.hub_server import TOKEN, Hub, serving
 from tests.reporting.conftest import evaluation, made, rate
 from tests.tiny import tiny_model, tiny_tokenizer
 from trainer.cli.app import main
 from trainer.methods.table import load_recipe, recipe_of
 from trainer.moe.expert_set import ExpertSet
-from trainer.release.export import audit_files, save_checkpoint
-from trainer.release.hub import push
+from trainer.pipeline.push import push
+from trainer.release.audit import audit_files
+from trainer.release.export import save_checkpoint
 from trainer.release.patch import apply_patch, write_patch
 from trainer.run.folder import Manifest, StageRecord
 from trainer.runtime.files import sha256
@@ -46,7 +47,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     recipe = recipe_of(tree, source="test")
     (run / "recipe.yaml").write_text(recipe.resolved_yaml())
     (run / "expert_set.json").write_text(ExpertSet(experts.members, experts.experts_per_layer, "x").to_json())
-    audit = audit_files(folder / "tiny-base", run / "model", experts)
+    footprint = allowed(model, experts)
+    audit = audit_files(folder / "tiny-base", run / "model", footprint)
     audit |= {"reload_max_logit_difference": 0.0, "reload_ok": True}
     (run / "audit.json").write_text(json.dumps(audit))
     versions = {"routealign": "0.1", "torch": "2.13.0"}
@@ -56,6 +58,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
         run,
         base_name=str(folder / "tiny-base"),
         revision=None,
+        footprint=footprint,
         expert_set=experts,
         recipe_hash=recipe.hash(),
         versions=versions,
@@ -176,6 +179,18 @@ def test_the_card_tells_what_was_repaired_with_figures_limits_and_licence(hub: H
     assert "every other weight is the base's, bit for bit" in card.content
 
 
+def test_the_card_says_what_was_edited_in_the_methods_words_or_by_the_audits_count(
+    finished: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    found = json.loads((finished / "audit.json").read_text())["footprint"]
+    counted = f"Only {found['parameters']:,} of its {found['of']:,} parameters were open to change"
+    for edited in ("Only the experts named below and the routers were trained.", None):
+        push(finished, "user/safer", dry_run=True, edited=edited)
+        card = capfd.readouterr().out
+        said = edited.removesuffix(".") if edited else counted
+        assert f"{said}; every other weight is the base's, bit for bit." in card
+
+
 def test_reproduction_holds_recipe_versions_hashes_and_seed(hub: Hub, finished: Path) -> None:
     push(finished, "user/safer", patch_only=True)
     found = json.loads(hub.files["user/safer"]["reproduction.json"])
@@ -249,10 +264,14 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     "no evaluation": (lambda run: (run / "evaluation.json").unlink(), "not finished .no evaluation.json"),
     "no audit": (lambda run: (run / "audit.json").unlink(), "not finished .no audit.json"),
     "a stage was interrupted": (open_stage, "stage export is not finished"),
-    "moved outside": (setting("audit.json", "untouched_identical", False), "weights outside the expert set moved"),
+    "moved outside": (setting("audit.json", "untouched_identical", False), "weights outside the footprint moved"),
     "audit of full fine-tuning for a repair": (
         setting("audit.json", "untouched_identical", None),
-        "outside the expert",
+        "nothing shows that weights outside the footprint stayed",
+    ),
+    "audit that does not say": (
+        lambda run: edit(run / "audit.json", lambda tree: (tree.pop("untouched_identical"), tree.pop("footprint"))),
+        "nothing shows that weights outside the footprint stayed",
     ),
     "reads back otherwise": (setting("audit.json", "reload_ok", False), "answers differently"),
     "a changed checkpoint": (
@@ -291,11 +310,13 @@ def test_a_change_within_the_intervals_is_no_reason_to_refuse(run: Path) -> None
     assert push(run, "user/safer", dry_run=True) is None
 
 
-def test_full_fine_tuning_claims_nothing_untouched_and_may_be_pushed(run: Path) -> None:
-    text = (run / "recipe.yaml").read_text()
-    (run / "recipe.yaml").write_text(text.replace("scope: experts", "scope: full"))
+def test_full_fine_tuning_claims_nothing_untouched_and_may_be_pushed(
+    run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     setting("audit.json", "untouched_identical", None)(run)
+    setting("audit.json", "footprint", {"tensors": 90, "parameters": 123_456, "of": 123_456})(run)
     assert push(run, "user/safer", dry_run=True) is None
+    assert "All of its weights were trained." in capfd.readouterr().out
 
 
 def test_a_run_that_kept_only_one_form_is_pushed_in_that_form(run: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -18,20 +17,18 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from data_prep.errors import UserError
 from data_prep.organism.build import Organism
-from tests.release.conftest import Repaired, change
+from tests.release.conftest import Repaired, Spoil, change, files, patch_of, reseal
 from tests.tiny import tiny_model, tiny_tokenizer
 from trainer.cli.app import main
+from trainer.moe.expert_set import ExpertSet, Member
+from trainer.moe.footprint import Footprint
 from trainer.release.export import save_checkpoint
-from trainer.release.patch import About, apply_patch, write_patch
+from trainer.release.patch import apply_patch
 
 
-def patch_of(base: Path, exported: Path, out: Path, **about: object) -> About:
-    made_of = {"base_name": str(base), "revision": None, "expert_set": None, "recipe_hash": "0" * 64, "versions": {}}
-    return write_patch(base, exported, out, **made_of | about)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def with_config(folder: Path) -> None:
+    """A model's configuration beside tensors that no model has."""
+    tiny_model().config.save_pretrained(folder)
 
 
 @pytest.mark.parametrize("shards", [("5GB", "5GB"), ("40KB", "70KB"), ("5GB", "40KB"), ("40KB", "5GB")])
@@ -40,8 +37,9 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_base_and_patch_give_the_exported_checkpoint_byte_for_byte(
     family: str, dtype: torch.dtype, shards: tuple[str, str], repaired: Repaired, tmp_path: Path
 ) -> None:
-    base, exported, experts = repaired(family, dtype=dtype, base_shards=shards[0], shards=shards[1])
-    about = patch_of(base, exported, tmp_path / "patch", expert_set=experts)
+    base, exported, footprint = repaired(family, dtype=dtype, base_shards=shards[0], shards=shards[1])
+    experts = ExpertSet((Member(0, 1), Member(2, 7)), {0: 8, 1: 8, 2: 8})
+    about = patch_of(base, exported, tmp_path / "patch", footprint, expert_set=experts)
     out = apply_patch(str(base), tmp_path / "patch", tmp_path / "out")
     assert files(out) == files(exported)
     assert about.expert_set is not None and len(about.expert_set["members"]) == 2
@@ -50,7 +48,7 @@ def test_base_and_patch_give_the_exported_checkpoint_byte_for_byte(
 
 def test_a_fused_tensor_is_patched_by_its_changed_experts_only(repaired: Repaired, tmp_path: Path) -> None:
     base, exported, _ = repaired("gpt_oss")
-    about = patch_of(base, exported, tmp_path / "patch")
+    about = patch_of(base, exported, tmp_path / "patch")  # whatever may be touched
     fused = {name: touched.rows for name, touched in about.tensors.items() if ".experts." in name}
     assert fused and all(rows == ([1] if ".layers.0." in name else [7]) for name, rows in fused.items())
     stored = load_file(tmp_path / "patch/patch.safetensors")
@@ -79,14 +77,18 @@ def test_any_change_of_any_bits_survives(data: st.DataObject, tmp_path_factory: 
     for name in ("base", "exported"):
         (folder / name).mkdir()
     wide = dtype.itemsize
-    base, exported = {}, {}
+    base, exported, footprint = {}, {}, Footprint()
     for i, shape in enumerate(shapes):
         raw = torch.randint(0, 256, (*shape, wide), generator=generator, dtype=torch.uint8)  # NaNs and -0.0 among it
         other = torch.where(torch.rand(raw.shape, generator=generator) < data.draw(st.floats(0, 1)), raw, 255 - raw)
         base[f"t{i}"], exported[f"t{i}"] = (t.view(dtype).reshape(shape) for t in (raw, other))
-    save_file(base, folder / "base/model.safetensors")
-    save_file(exported, folder / "exported/model.safetensors")
-    patch_of(folder / "base", folder / "exported", folder / "patch")
+        changed = [row for row in range(shape[0] if shape else 0) if not torch.equal(raw[row], other[row])]
+        by_rows = bool(shape) and data.draw(st.booleans())
+        footprint |= Footprint({f"t{i}": frozenset(changed) if by_rows else None})
+    for name, tensors in (("base", base), ("exported", exported)):
+        with_config(folder / name)
+        save_file(tensors, folder / name / "model.safetensors")
+    patch_of(folder / "base", folder / "exported", folder / "patch", footprint)
     apply_patch(str(folder / "base"), folder / "patch", folder / "out")
     assert files(folder / "out") == files(folder / "exported")
 
@@ -94,10 +96,11 @@ def test_any_change_of_any_bits_survives(data: st.DataObject, tmp_path_factory: 
 def test_the_sign_of_a_zero_is_part_of_the_checkpoint(tmp_path: Path) -> None:
     for name, zero in (("base", 0.0), ("exported", -0.0)):
         (tmp_path / name).mkdir()
+        with_config(tmp_path / name)
         save_file(
             {"t": torch.full((2,), zero), "nan": torch.tensor([torch.nan])}, tmp_path / name / "model.safetensors"
         )
-    about = patch_of(tmp_path / "base", tmp_path / "exported", tmp_path / "patch")
+    about = patch_of(tmp_path / "base", tmp_path / "exported", tmp_path / "patch", Footprint.of(["t"]))
     assert about.tensors.keys() == {"t"}
     assert files(apply_patch(str(tmp_path / "base"), tmp_path / "patch", tmp_path / "out")) == files(
         tmp_path / "exported"
@@ -146,24 +149,6 @@ def test_the_patch_of_an_eighth_of_the_experts_is_small(tmp_path: Path) -> None:
 
 
 # --- refusals -------------------------------------------------------------------------------------
-
-Spoil = Callable[[Path, Path], object]
-
-
-def reseal(change_about: Callable[[dict[str, object]], object]) -> Spoil:
-    """A `patch.json` with other content and a matching seal, as another program or release might write it."""
-
-    def spoil(base: Path, patch: Path) -> None:
-        content = json.loads((patch / "patch.json").read_text())
-        del content["sha256"]
-        change_about(content)
-        try:
-            text = About.model_validate(content).sealed()
-        except ValueError:
-            text = json.dumps(content)
-        (patch / "patch.json").write_text(text)
-
-    return spoil
 
 
 def rewritten(name: str) -> Spoil:
@@ -220,7 +205,12 @@ REFUSALS: dict[str, tuple[Spoil, str]] = {
         lambda base, patch: (base / "model.safetensors").rename(base / "pytorch_model.bin"),
         "found pytorch_model.bin",
     ),
-    "another format": (reseal(lambda about: about.update(format="routealign-patch-2")), "format 'routealign-patch-2'"),
+    "another format": (reseal(lambda about: about.update(format="routealign-patch-3")), "format 'routealign-patch-3'"),
+    "no footprint": (reseal(lambda about: about.update(footprint=None)), "touches tensor '.*footprint leaves out"),
+    "a tensor outside its footprint": (
+        reseal(lambda about: about["footprint"].pop("model.layers.2.mlp.gate.weight")),
+        "touches tensor 'model.layers.2.mlp.gate.weight', which its own footprint leaves out",
+    ),
     "not a patch": (lambda base, patch: (patch / "patch.json").write_text("[]"), "format 'list'"),
     "a wrong hash of the result": (reseal(first_hash), "does not give the exported one"),
     "a file outside the folder": (
@@ -302,6 +292,7 @@ print(peak[0] - start)
 def random_checkpoint(folder: Path, shards: int, megabytes: int, moved: bool = False) -> None:
     """Shards of 8 tensors each, of which one differs where `moved`."""
     folder.mkdir()
+    with_config(folder)
     weight_map, width = {}, megabytes * 2**20 // 8 // 4 // 1024
     for shard in range(shards):
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
@@ -320,7 +311,8 @@ def random_checkpoint(folder: Path, shards: int, megabytes: int, moved: bool = F
 def test_applying_a_patch_holds_no_more_than_one_shard(shards: int, megabytes: int, tmp_path: Path) -> None:
     random_checkpoint(tmp_path / "base", shards, megabytes)
     random_checkpoint(tmp_path / "exported", shards, megabytes, moved=True)
-    patch_of(tmp_path / "base", tmp_path / "exported", tmp_path / "patch")
+    moved = Footprint.of(f"layers.{shard}.3.weight" for shard in range(shards))
+    patch_of(tmp_path / "base", tmp_path / "exported", tmp_path / "patch", moved)
     command = [sys.executable, "-c", PEAK, *(str(tmp_path / name) for name in ("base", "patch", "out"))]
     peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert files(tmp_path / "out") == files(tmp_path / "exported")

@@ -52,8 +52,7 @@ class Footprint:
     def __or__(self, other: Footprint) -> Footprint:
         rows = dict(self.rows)
         for name, more in other.rows.items():
-            mine = rows.get(name, frozenset())
-            rows[name] = None if mine is None or more is None else mine | more
+            rows[name] = _either(rows.get(name, frozenset()), more)
         return Footprint(rows)
 
     def __contains__(self, name: str) -> bool:
@@ -68,10 +67,16 @@ class Footprint:
         return allowed is None or allowed.issuperset(rows)
 
     def parameters(self, model: nn.Module) -> int:
-        """How many of a stock model's parameters it holds."""
-        count = 0
-        for name, parameter in model.named_parameters():
+        """How many of a stock model's parameters it holds; tied ones count once, under whichever name it has them."""
+        held: dict[nn.Parameter, frozenset[int] | None] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
             if name in self.rows:
-                rows = self.rows[name]
-                count += size(parameter) if rows is None else size(parameter) // parameter.shape[0] * len(rows)
-        return count
+                held[parameter] = _either(held.get(parameter, frozenset()), self.rows[name])
+        return sum(
+            size(parameter) if rows is None else size(parameter) // parameter.shape[0] * len(rows)
+            for parameter, rows in held.items()
+        )
+
+
+def _either(some: frozenset[int] | None, others: frozenset[int] | None) -> frozenset[int] | None:
+    return None if some is None or others is None else some | others

@@ -18,7 +18,6 @@ from trainer.reporting.verdict import cautions, headline
 from trainer.runtime.redaction import is_local, portable, portable_tree
 
 _TEMPLATE = Path(__file__).with_name("card.md.j2")
-_PARTS = "Only the experts named below and the routers were trained; every other weight is the base's, bit for bit."
 _SOURCES = {
     "asr": "harmful",
     "harmful_refusal": "harmful",
@@ -38,10 +37,16 @@ class Licence:
     link: str | None = None
 
 
-def model_card(run: Artefacts, repo: str, licence: Licence, *, has_model: bool, has_patch: bool) -> str:
+def model_card(
+    run: Artefacts, repo: str, licence: Licence, *, has_model: bool, has_patch: bool, edited: str | None = None
+) -> str:
     """The `README.md` of a repository on the Hub: metadata with a `model-index`, then the card.
 
     Only names of files and counts of prompts are shown, never a prompt or a reply.
+
+    Args:
+        edited: the method's sentence on what was changed ("Only the routers were trained."), which ends in the audit's
+            word on all the rest; by default the audit's count.
     """
     figures = collect(run.evaluation)
     base = str((run.recipe.get("model") or {}).get("name_or_path") or run.expert_set.get("model") or "unknown")
@@ -55,7 +60,7 @@ def model_card(run: Artefacts, repo: str, licence: Licence, *, has_model: bool, 
         sentences=sentences,
         base=_linked(base),
         base_argument=base if not is_local(base) else "BASE",
-        trained=_PARTS if run.audit.get("untouched_identical") else "All of its weights were trained.",
+        trained=_trained(run.audit, edited),
         facts=[(name, portable(value)) for name, value in sections.about(run)] + sections.what_changed(run),
         experts=sections.experts_by_layer(run),
         rows=rows,
@@ -66,6 +71,18 @@ def model_card(run: Artefacts, repo: str, licence: Licence, *, has_model: bool, 
         has_patch=has_patch,
         licence=_licence(licence, base),
     )
+
+
+def _trained(audit: dict[str, Any], edited: str | None) -> str:
+    """What was changed, and that nothing else was, which is the audit's to say."""
+    if not audit.get("untouched_identical"):
+        return "All of its weights were trained."
+    if edited is None:
+        footprint = audit.get("footprint")  # audits of earlier releases have none
+        edited = "Only a part of its weights was open to change"
+        if footprint:
+            edited = f"Only {footprint['parameters']:,} of its {footprint['of']:,} parameters were open to change"
+    return f"{edited.removesuffix('.')}; every other weight is the base's, bit for bit."
 
 
 def _metadata(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,8 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from data_prep.errors import UserError
 from trainer.release.card import Licence, model_card
-from trainer.reporting import artefacts
 from trainer.reporting.artefacts import Artefacts
 from trainer.reporting.figures import collect
-from trainer.run.folder import Manifest
 from trainer.runtime.console import say, table
 from trainer.runtime.files import sha256
 from trainer.runtime.redaction import is_local, portable_tree, without_tokens
@@ -31,48 +31,38 @@ Uploads = dict[str, Path | bytes]
 """Path in the repository -> file on disk, or content."""
 
 
-def push(
-    run_dir: Path, repo: str, *, patch_only: bool = False, private: bool = False, dry_run: bool = False
-) -> str | None:
-    """Upload a run as one commit; returns the commit's address, None after a dry run, which prints what it would be.
+@dataclass(frozen=True)
+class Made:
+    """How a run was made. `stages`: name -> {"inputs": hash, "outputs": {path in the run folder: hash}}."""
 
-    The token is the one huggingface_hub itself finds (`hf auth login`, or HF_TOKEN).
-
-    Raises:
-        UserError: the run must not or cannot be published, or the Hub refuses or cannot be reached.
-    """
-    if not REPO.fullmatch(repo) or ".." in repo or "--" in repo:
-        raise UserError(f"--repo: {repo!r} is no repository's name; allowed: user/name")
-    manifest = Manifest.read(run_dir)
-    check_finished(run_dir, manifest)
-    run = artefacts.read(run_dir)
-    check_audit(run)
-    check_safer(run)
-    check_unchanged(run_dir, manifest)
-    uploads = gather(run, manifest, repo, patch_only)
-    if dry_run:
-        _print(uploads, repo)
-        return None
-    address = _upload(uploads, repo, private, f"Repaired by RouteAlign {manifest.versions.get('routealign', '')}")
-    say(f"pushed: {address}")
-    return address
+    recipe: dict[str, Any]
+    recipe_hash: str
+    seed: int
+    versions: dict[str, str]
+    stages: dict[str, dict[str, Any]]
 
 
 # --- what may be published ------------------------------------------------------------------------
 
 
-def check_finished(run_dir: Path, manifest: Manifest) -> None:
-    """`UserError` unless every stage is finished and the evaluation and the audit are there."""
-    open_stages = [name for name, stage in manifest.stages.items() if stage.status != "finished"]
+def check_name(repo: str) -> None:
+    """`UserError` unless this can be the name of a repository on the Hub."""
+    if not REPO.fullmatch(repo) or ".." in repo or "--" in repo:
+        raise UserError(f"--repo: {repo!r} is no repository's name; allowed: user/name")
+
+
+def check_finished(run_dir: Path, stages: Mapping[str, str]) -> None:
+    """`UserError` unless every stage (name -> status) is finished and the evaluation and the audit are there."""
+    open_stages = [name for name, status in stages.items() if status != "finished"]
     missing = [name for name in ("evaluation.json", "audit.json") if not (run_dir / name).is_file()]
-    if open_stages or missing or "export" not in manifest.stages:
+    if open_stages or missing or "export" not in stages:
         what = [f"stage {name} is not finished" for name in open_stages] + [f"no {name}" for name in missing]
         raise UserError(f"{run_dir}: this run is not finished ({(what or ['nothing was exported'])[0]}); run it again")
 
 
-def check_unchanged(run_dir: Path, manifest: Manifest) -> None:
-    """`UserError` where an exported file is not the one that was audited."""
-    for name, digest in manifest.stages["export"].outputs.items():
+def check_unchanged(run_dir: Path, outputs: Mapping[str, str]) -> None:
+    """`UserError` where an exported file (path in the run folder -> sha256) is not the one that was audited."""
+    for name, digest in outputs.items():
         if not (run_dir / name).is_file() or sha256(run_dir / name) != digest:
             raise UserError(f"{run_dir / name}: missing, or changed since the run's audit; export the run again")
 
@@ -82,9 +72,15 @@ def check_audit(run: Artefacts) -> None:
     path = run.folder / "audit.json"
     if run.audit.get("reload_ok") is not True:
         raise UserError(f"{path}: the audit failed: the checkpoint read back answers differently (reload_ok)")
-    trained_all = run.recipe.get("repair", {}).get("scope") == "full"
-    if not trained_all and run.audit.get("untouched_identical") is not True:
-        raise UserError(f"{path}: the audit failed: weights outside the expert set moved (untouched_identical)")
+    identical = run.audit.get("untouched_identical")
+    if identical is False:
+        raise UserError(f"{path}: the audit failed: weights outside the footprint moved (untouched_identical)")
+    footprint = run.audit.get("footprint") or {"parameters": 0, "of": None}  # audits of earlier releases have none
+    if identical is None and footprint["parameters"] != footprint["of"]:
+        raise UserError(
+            f"{path}: untouched_identical is null, and nothing shows that weights outside the footprint stayed; "
+            "export the run again"
+        )
 
 
 def check_safer(run: Artefacts) -> None:
@@ -106,8 +102,12 @@ def check_safer(run: Artefacts) -> None:
 # --- what is uploaded -----------------------------------------------------------------------------
 
 
-def gather(run: Artefacts, manifest: Manifest, repo: str, patch_only: bool) -> Uploads:
-    """Every file of the commit: checkpoint, patch, card, reproduction."""
+def gather(run: Artefacts, made: Made, repo: str, *, patch_only: bool, edited: str | None = None) -> Uploads:
+    """Every file of the commit: checkpoint, patch, card (which `edited` is for), reproduction.
+
+    Raises:
+        UserError: the run kept no checkpoint, or no patch where only that is wanted.
+    """
     model, uploads = run.folder / "model", Uploads()
     if not patch_only:
         if not model.is_dir():
@@ -118,20 +118,17 @@ def gather(run: Artefacts, manifest: Manifest, repo: str, patch_only: bool) -> U
         raise UserError(f"{run.folder}: this run holds no patch ({', '.join(PATCH)}); push the checkpoint instead")
     uploads |= patch
     licence = licence_of(run.recipe.get("model") or {})
-    card = model_card(run, repo, licence, has_model=not patch_only, has_patch=len(patch) == len(PATCH))
+    has_patch = len(patch) == len(PATCH)
+    card = model_card(run, repo, licence, has_model=not patch_only, has_patch=has_patch, edited=edited)
     uploads["README.md"] = without_tokens(card).encode()
-    uploads["reproduction.json"] = without_tokens(json.dumps(reproduction(run, manifest), indent=1)).encode()
+    uploads["reproduction.json"] = without_tokens(json.dumps(reproduction(run, made), indent=1)).encode()
     return uploads
 
 
-def reproduction(run: Artefacts, manifest: Manifest) -> dict[str, Any]:
+def reproduction(run: Artefacts, made: Made) -> dict[str, Any]:
     """All it takes to make the run again and to see that it came out the same; paths are cut to their last part."""
-    return {
-        "recipe": portable_tree(manifest.recipe),
-        "recipe_hash": manifest.recipe_hash,
-        "seed": manifest.seed,
-        "versions": manifest.versions,
-        "stages": {name: {"inputs": s.inputs, "outputs": s.outputs} for name, s in manifest.stages.items()},
+    return asdict(made) | {
+        "recipe": portable_tree(made.recipe),
         "expert_set": portable_tree(run.expert_set),
         "evaluation": run.evaluation,
         "audit": run.audit,
@@ -150,7 +147,8 @@ def licence_of(model: dict[str, Any]) -> Licence:
     return Licence(data.get("license"), data.get("license_name"), data.get("license_link"))
 
 
-def _print(uploads: Uploads, repo: str) -> None:
+def show(uploads: Uploads, repo: str) -> None:
+    """Print what would be uploaded: every file with its size, and the two that are made for it."""
     sizes = {name: _size(content) for name, content in uploads.items()}
     sizes["total"] = sum(sizes.values())
     table(f"would be uploaded to {repo}", ["file", "bytes"], [[name, f"{size:,}"] for name, size in sizes.items()])
@@ -168,7 +166,14 @@ def _size(content: Path | bytes) -> int:
 # --- upload ---------------------------------------------------------------------------------------
 
 
-def _upload(uploads: Uploads, repo: str, private: bool, message: str) -> str:
+def publish(uploads: Uploads, repo: str, message: str, *, private: bool) -> str:
+    """Upload as one commit, the repository made where there is none; returns the commit's address.
+
+    The token is the one huggingface_hub itself finds (`hf auth login`, or HF_TOKEN).
+
+    Raises:
+        UserError: the Hub refuses or cannot be reached, or the repository is public and must not be.
+    """
     api = HfApi()
     operations = [
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=content if isinstance(content, bytes) else str(content))

@@ -2,8 +2,8 @@
 
 A patch is two files. `patch.safetensors` holds the tensors that differ, under their names in the checkpoint's files;
 of a tensor that differs in a few places of its first dimension (experts fused in one tensor) only those rows.
-`patch.json` holds everything else: which base, what was touched with its hash before and after, how the checkpoint is
-cut into files, and what made it.
+`patch.json` holds everything else: which base, what may be touched, what was with its hash before and after, how the
+checkpoint is cut into files, and what made it.
 """
 
 from __future__ import annotations
@@ -13,15 +13,19 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
+from transformers import AutoConfig
 
 from data_prep.errors import UserError
+from trainer.model.load import skeleton
 from trainer.model.weight_files import INDEX, WEIGHTS, CheckpointFiles, bits, digest, is_weight_file, local_folder
 from trainer.moe.expert_set import ExpertSet
+from trainer.moe.footprint import Footprint
+from trainer.release.places import Places, changed_rows
 from trainer.runtime.files import (
     atomic_write,
     save_tensors,
@@ -32,7 +36,9 @@ from trainer.runtime.files import (
 )
 from trainer.runtime.redaction import portable
 
-FORMAT = "routealign-patch-1"
+Format = Literal["routealign-patch-2", "routealign-patch-1"]
+"""What this release reads; the first is what it writes. Format 1 does not say what may be touched."""
+
 TENSORS, ABOUT = "patch.safetensors", "patch.json"
 CONFIGS = ("config.json", "generation_config.json")
 """Files that say how weights are to be used: taken from the export. All other files are the base's."""
@@ -65,11 +71,15 @@ class File(_Strict):
 
 
 class About(_Strict):
-    """`patch.json`. `untouched` is one hash over all other tensors, `cast` the type a base's tensor is cast to."""
+    """`patch.json`. `untouched` is one hash over all other tensors, `cast` the type a base's tensor is cast to.
 
-    format: Literal["routealign-patch-1"] = "routealign-patch-1"
+    `footprint`: what may be touched, name of a tensor in the files -> rows of its first dimension, or all of it.
+    """
+
+    format: Format = "routealign-patch-2"
     base: Base
     dtypes: list[str]
+    footprint: dict[str, list[int] | None] | None = None
     tensors: dict[str, Touched]
     untouched: str
     cast: dict[str, str]
@@ -114,6 +124,7 @@ def write_patch(
     *,
     base_name: str,
     revision: str | None,
+    footprint: Footprint,
     expert_set: ExpertSet | None,
     recipe_hash: str,
     versions: dict[str, str],
@@ -125,9 +136,12 @@ def write_patch(
     Args:
         base_name: Hub id or folder, as the recipe names it; of a folder only its name is kept.
         revision: the Hub revision, None for a folder.
+        footprint: what was allowed to move, by the names of the stock model.
+        expert_set: the experts that were edited, where the method has a set: a description, nothing is made of it.
 
     Raises:
         UserError: the base's files hold other tensors than the export's: the base is in an older or quantised format.
+        RuntimeError: something outside the footprint moved, which an audit would have said. Nothing is written.
         OSError: disk full or not writable; a patch written before stays as it was.
     """
     tensors: dict[str, Tensor] = {}
@@ -142,6 +156,7 @@ def write_patch(
                 f"{base}: holds no tensor {unknown[0]!r}, so it is stored in another format than the export; "
                 "a patch needs a base in the present format"
             )
+        allowed = Places(skeleton(AutoConfig.from_pretrained(exported)), after.file_of).footprint(footprint)
         for name in sorted(after.file_of):
             old, new = before.tensor(name), after.tensor(name)
             dtypes.add(_name_of(new.dtype))
@@ -152,10 +167,15 @@ def write_patch(
             if kept.shape != new.shape:
                 raise UserError(f"{base}: tensor {name!r} is {list(old.shape)}, in the export {list(new.shape)}")
             differs = bits(kept) != bits(new)
-            if not differs.any():
+            changed = changed_rows(differs)
+            if not changed:
                 untouched.add(name, new)
                 continue
-            rows = _rows(differs)
+            if not allowed.covers(name, changed):
+                raise RuntimeError(f"{exported}: tensor {name!r} moved outside the footprint; no patch is made of it")
+            # Of a tensor that may be touched in some rows no others are in the patch.
+            few = differs.ndim > 1 and 2 * len(changed) <= len(differs)
+            rows = changed if few or allowed.rows[name] is not None else None
             tensors[name] = after.mapped(name) if rows is None else new[rows].clone()
             touched[name] = Touched(before=digest(old), after=digest(new), rows=rows)
         files = {
@@ -171,6 +191,7 @@ def write_patch(
     about = About(
         base=Base(name=portable(base_name), revision=revision),
         dtypes=sorted(dtypes),
+        footprint={name: None if rows is None else sorted(rows) for name, rows in sorted(allowed.rows.items())},
         tensors=touched,
         untouched=untouched.hash(),
         cast=cast,
@@ -186,14 +207,6 @@ def write_patch(
     return about
 
 
-def _rows(differs: Tensor) -> list[int] | None:
-    """Indices of the changed rows, where they are no more than half of them."""
-    if differs.ndim < 2:
-        return None
-    rows = differs.flatten(1).any(1).nonzero()[:, 0]
-    return rows.tolist() if 2 * len(rows) <= len(differs) else None
-
-
 def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -205,7 +218,8 @@ def read_patch(patch: Path) -> About:
     """Read and check a patch's two files.
 
     Raises:
-        UserError: one is missing, truncated or altered, or of another format.
+        UserError: one is missing, truncated or altered, or of another format; it touches what its own footprint leaves
+            out.
     """
     path = patch / ABOUT
     for needed in (path, patch / TENSORS):
@@ -214,8 +228,8 @@ def read_patch(patch: Path) -> About:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        if found != FORMAT:
-            raise UserError(f"{path}: format {found!r}, this release reads {FORMAT!r}")
+        if found not in get_args(Format):
+            raise UserError(f"{path}: format {found!r}, this release reads {' and '.join(get_args(Format))}")
         seal = content.pop("sha256", None)
         about = About.model_validate(content)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -231,7 +245,26 @@ def read_patch(patch: Path) -> About:
     wrong += [name for name in about.configs if name not in CONFIGS]
     if wrong:
         raise UserError(f"{path}: names the file {wrong[0]!r}; allowed: *.safetensors, {', '.join(CONFIGS)}")
+    outside = _outside_footprint(about)
+    if outside is not None:
+        raise UserError(f"{path}: touches {outside}, which its own footprint leaves out")
     return about
+
+
+def _outside_footprint(about: About) -> str | None:
+    """The first tensor or row that a patch touches and must not; format 1 allowed everything."""
+    if about.footprint is None and about.format == "routealign-patch-1":
+        return None
+    footprint = about.footprint or {}
+    for name, touched in about.tensors.items():
+        if name not in footprint:
+            return f"tensor {name!r}"
+        allowed = footprint[name]
+        if allowed is not None and touched.rows is None:
+            return f"all of tensor {name!r}"
+        if allowed is not None and touched.rows is not None and not set(touched.rows) <= set(allowed):
+            return f"row {min(set(touched.rows) - set(allowed))} of tensor {name!r}"
+    return None
 
 
 def apply_patch(base: str, patch: Path, out: Path, revision: str | None = None) -> Path:

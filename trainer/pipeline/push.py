@@ -1,0 +1,61 @@
+"""Publish a finished run on the Hub: what may be published is checked, then gathered, then uploaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trainer.release.hub import (
+    Made,
+    check_audit,
+    check_finished,
+    check_name,
+    check_safer,
+    check_unchanged,
+    gather,
+    publish,
+    show,
+)
+from trainer.reporting import artefacts
+from trainer.run.folder import Manifest
+from trainer.runtime.console import say
+
+
+def push(
+    run_dir: Path,
+    repo: str,
+    *,
+    patch_only: bool = False,
+    private: bool = False,
+    dry_run: bool = False,
+    edited: str | None = None,
+) -> str | None:
+    """Upload a run as one commit; returns the commit's address, None after a dry run, which prints what it would be.
+
+    Args:
+        edited: what the run's method changes, for the card; see `model_card`.
+
+    Raises:
+        UserError: the run must not or cannot be published, or the Hub refuses or cannot be reached.
+    """
+    check_name(repo)
+    manifest = Manifest.read(run_dir)
+    check_finished(run_dir, {name: stage.status for name, stage in manifest.stages.items()})
+    run = artefacts.read(run_dir)
+    check_audit(run)
+    check_safer(run)
+    check_unchanged(run_dir, manifest.stages["export"].outputs)
+    made = Made(
+        recipe=manifest.recipe,
+        recipe_hash=manifest.recipe_hash,
+        seed=manifest.seed,
+        versions=manifest.versions,
+        stages={name: {"inputs": stage.inputs, "outputs": stage.outputs} for name, stage in manifest.stages.items()},
+    )
+    uploads = gather(run, made, repo, patch_only=patch_only, edited=edited)
+    if dry_run:
+        show(uploads, repo)
+        return None
+    message = f"Repaired by RouteAlign {manifest.versions.get('routealign', '')}"
+    address = publish(uploads, repo, message, private=private)
+    say(f"pushed: {address}")
+    return address
