@@ -198,9 +198,12 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be uploaded, upload nothing.")] = False,
 ) -> None:
     """Publish a finished run on the Hub, with a model card."""
-    from trainer.release.hub import push as upload
+    from trainer.methods.table import report_of
+    from trainer.pipeline.experiment import method_of_run
+    from trainer.pipeline.push import push as upload
 
-    upload(run, repo, patch_only=patch_only, private=private, dry_run=dry_run)
+    report = report_of(method_of_run(run))
+    upload(run, repo, patch_only=patch_only, private=private, dry_run=dry_run, report=report)
 
 
 @app.command()

@@ -16,7 +16,8 @@ from trainer.release.hub import (
     show,
 )
 from trainer.reporting import artefacts
-from trainer.run.folder import Manifest
+from trainer.reporting.method_report import Report
+from trainer.run.manifest import Manifest
 from trainer.runtime.console import say
 
 
@@ -27,12 +28,12 @@ def push(
     patch_only: bool = False,
     private: bool = False,
     dry_run: bool = False,
-    edited: str | None = None,
+    report: Report | None = None,
 ) -> str | None:
     """Upload a run as one commit; returns the commit's address, None after a dry run, which prints what it would be.
 
     Args:
-        edited: what the run's method changes, for the card; see `model_card`.
+        report: what the run's method adds to the card.
 
     Raises:
         UserError: the run must not or cannot be published, or the Hub refuses or cannot be reached.
@@ -51,7 +52,7 @@ def push(
         versions=manifest.versions,
         stages={name: {"inputs": stage.inputs, "outputs": stage.outputs} for name, stage in manifest.stages.items()},
     )
-    uploads = gather(run, made, repo, patch_only=patch_only, edited=edited)
+    uploads = gather(run, made, repo, patch_only=patch_only, edited=report(run).edited if report else None)
     if dry_run:
         show(uploads, repo)
         return None
