@@ -7,4 +7,5 @@ from trainer.reporting.method_report import MethodReport
 
 
 def report(run: Artefacts) -> MethodReport:
-    return MethodReport()
+    routers = " and the routers" if run.audit.get("gate_weights_changed") else ""
+    return MethodReport("repair", edited=f"Only the experts named below{routers} were trained")
