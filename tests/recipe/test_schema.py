@@ -25,7 +25,12 @@ BAD_VALUES = {
     "detect.batch_size=0": ["detect.batch_size", "found 0", "1"],
     "detect.batch_size='8'": ["detect.batch_size", "'8' (str)", "integer"],
     "evaluate.random_control=1": ["evaluate.random_control", "1 (int)", "boolean"],
-    "detect.tok=prompt": ["detect.tok", "unknown key", "did you mean", "allowed: tokens, score"],
+    "detect.tok=prompt": [
+        "detect.tok",
+        "unknown key",
+        "did you mean",
+        "allowed: max_pairs, max_new_tokens, batch_size, tokens, score",
+    ],
     "run.seed=-1": ["run.seed", "-1", "0"],
     "run.name=a/b": ["run.name", "'a/b'", "letters, digits"],
     "run.name=..": ["run.name", "'..'", "letters, digits"],
@@ -103,7 +108,7 @@ def test_overrides_are_typed_by_yaml_and_reach_everywhere(load: Load) -> None:
     )
     assert recipe.run.seed == 7
     assert recipe.detect.top_k == 12 and isinstance(recipe.detect.top_k, int)
-    assert recipe.repair.trainer_args == {"learning_rate": 5e-5, "bf16": False}
+    assert recipe.repair.given_arguments == {"learning_rate": 5e-5, "bf16": False}
     assert recipe.data.jailbreaks.seen == ["z"]
     assert load("detect.top_k=0.5").detect.top_k == 0.5
 
@@ -114,7 +119,7 @@ def test_allowed_values_of_what_is_refused_otherwise(load: Load) -> None:
         "repair.packing=false",
         "repair.gradient_checkpointing_kwargs={use_reentrant: false}",
     )
-    assert recipe.repair.trainer_args["packing"] is False
+    assert recipe.repair.given_arguments["packing"] is False
 
 
 def test_the_file_is_named_where_the_file_is_at_fault(recipe_file: Path, tree: dict[str, Any]) -> None:
