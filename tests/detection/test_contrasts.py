@@ -13,12 +13,14 @@ from tests.tiny import TOP_K, tiny_model, tiny_tokenizer
 from trainer.detection import contrasts
 from trainer.detection.pairs import Pair
 from trainer.model.chat import ChatTurn
+from trainer.model.reply import Reply
 from trainer.moe.backbone import Backbone
 from trainer.moe.routing import record
 
 TOKENIZER = tiny_tokenizer()
 WRAPPER = Wrapper("w:0", "w", "seen", "w40 [X] w41", "[X]")
-PAIRS = [Pair(Prompt(f"g:{i}", f"w{i} w{i + 1}", "harmful"), WRAPPER, "w9", "w30 w31") for i in range(3)]
+REFUSAL, UNSAFE = Reply.written("w9"), Reply.written("w30 w31")
+PAIRS = [Pair(Prompt(f"g:{i}", f"w{i} w{i + 1}", "harmful"), WRAPPER, REFUSAL, UNSAFE) for i in range(3)]
 
 
 def words(turn: ChatTurn) -> tuple[str, str]:

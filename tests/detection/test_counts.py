@@ -14,6 +14,7 @@ from trainer.detection.pairs import Pair
 from trainer.detection.saliency import gradient_saliency, refusal_loss
 from trainer.detection.scores import score, stability
 from trainer.model.chat import encode, pad
+from trainer.model.reply import Reply
 from trainer.moe.backbone import Backbone
 from trainer.moe.routing import record
 
@@ -22,8 +23,8 @@ PAIRS = [
     Pair(
         Prompt(f"g:{i}", " ".join(f"w{(i * 7 + j) % 50}" for j in range(2 + i)), "harmful"),
         WRAPPER,
-        "w40 w41 w42",
-        "w5 " * (i + 1),
+        Reply.written("w40 w41 w42"),
+        Reply.written("w5 " * (i + 1)),
     )
     for i in range(5)
 ]
@@ -84,8 +85,8 @@ def test_per_sequence_equals_counting_one_token_at_a_time(sequences: int, length
 
 
 def test_spans_split_a_turn_into_prompt_and_response() -> None:
-    turn = encode(tiny_tokenizer(), "w1 w2", "w3")
-    batch = pad([turn, encode(tiny_tokenizer(), "w1", "w3 w4 w5")], 0)
+    turn = encode(tiny_tokenizer(), "w1 w2", Reply.written("w3"))
+    batch = pad([turn, encode(tiny_tokenizer(), "w1", Reply.written("w3 w4 w5"))], 0)
     assert turn.prompt == 4  # <user> w1 w2 <assistant>
     assert batch.span("prompt").sum(1).tolist() == [4, 3]
     assert batch.span("response").sum(1).tolist() == [2, 4]  # with <eos>
@@ -95,7 +96,7 @@ def test_spans_split_a_turn_into_prompt_and_response() -> None:
 def test_a_template_that_rewrites_the_assistant_turn_still_gives_the_right_spans() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace("%}<assistant> {% endif", "%}<assistant> w9 {% endif")
-    turn = encode(tokenizer, "w1", "w3")
+    turn = encode(tokenizer, "w1", Reply.written("w3"))
     assert tokenizer.decode(turn.ids) == "<user> w1 <assistant> w9 w3 <eos>"
     assert turn.prompt == 4
 

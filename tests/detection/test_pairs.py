@@ -2,28 +2,35 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
 from data_prep.errors import UserError
 from data_prep.schema import Prompt, Wrapper
-from trainer.detection.pairs import PairReport, build_pairs
+from trainer.detection.pairs import PairReport, build_pairs, read_pairs
+from trainer.model.reply import Reply, Verdict
 
 GOALS = [Prompt(f"g:{i}", f"goal{i}", "harmful") for i in range(6)]
 WRAPPERS = [Wrapper(f"w:{i}", f"w{i}", "seen", f"wrap{i} [X]", "[X]") for i in range(3)]
 
 
-def judge(reply: str) -> str:
-    return {"no": "refused", "yes": "complied"}.get(reply, "unjudged")
+VERDICTS: dict[str, Verdict] = {"no": "refused", "yes": "complied"}
+
+
+def judge(prompts: Sequence[str], replies: Sequence[Reply]) -> list[Verdict]:
+    assert len(prompts) == len(replies)
+    return [VERDICTS.get(reply.text, "unjudged") for reply in replies]
 
 
 def build(
     plain: str = "no", wrapped: str = "yes", max_pairs: int = 100, odd: dict[str, str] | None = None
 ) -> PairReport:
-    def reply(prompts: Sequence[str], label: str) -> list[str]:
-        return [(odd or {}).get(p, wrapped if p.startswith("wrap") else plain) for p in prompts]
+    def ask(prompts: Sequence[str], label: str) -> list[Reply]:
+        texts = [(odd or {}).get(p, wrapped if p.startswith("wrap") else plain) for p in prompts]
+        return [Reply(text, (7, 9, len(prompt)), True) for prompt, text in zip(prompts, texts, strict=True)]
 
-    return build_pairs(GOALS, WRAPPERS, reply, judge, max_pairs)
+    return build_pairs(GOALS, WRAPPERS, ask, judge, max_pairs)
 
 
 def test_every_goal_is_used_before_one_is_used_twice_and_families_stay_balanced() -> None:
@@ -52,7 +59,35 @@ def test_the_file_quotes_ids_and_refusals_but_no_goal_and_no_adversarial_reply()
     text = build(wrapped="yes").jsonl()
     rows = [json.loads(line) for line in text.splitlines()]
     assert "goal0" not in text and '"yes"' not in text
-    assert {r["anchor_reply"] for r in rows if r["outcome"] == "anchor_refused"} == {"no"}
+    anchors = [r for r in rows if r["outcome"] == "anchor_refused"]
+    assert {r["anchor_reply"] for r in anchors} == {"no"}
+    assert {(*r["anchor_ids"], r["anchor_finished"]) for r in anchors} == {(7, 9, len("goal0"), True)}
+    assert not [key for r in rows if r not in anchors for key in r if key.endswith(("_reply", "_ids"))]
+
+
+def test_refusals_and_kept_pairs_are_read_back_as_they_were(tmp_path: Path) -> None:
+    report = build(odd={"goal1": "yes", "wrap0 goal0": "no"}, max_pairs=4)
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(report.jsonl(), encoding="utf-8")
+    refusals, kept = read_pairs(path)
+    assert set(refusals) == {goal.id for goal in GOALS} - {"g:1"}
+    assert kept == [(pair.goal.id, pair.wrapper.id) for pair in report.pairs]
+    assert [refusals[goal] for goal, _ in kept] == [pair.anchor_reply for pair in report.pairs]
+
+
+def test_every_reply_is_judged_with_what_it_answers_in_view() -> None:
+    seen: list[tuple[str, str]] = []
+
+    def ask(prompts: Sequence[str], label: str) -> list[Reply]:
+        return [Reply.written(f"to {prompt}") for prompt in prompts]
+
+    def looking(prompts: Sequence[str], replies: Sequence[Reply]) -> list[Verdict]:
+        seen.extend(zip(prompts, (reply.text for reply in replies), strict=True))
+        return ["complied" if prompt.startswith("wrap") else "refused" for prompt in prompts]
+
+    build_pairs(GOALS, WRAPPERS, ask, looking, 4)
+    assert len(seen) == len(GOALS) + 4
+    assert all(text == f"to {prompt}" for prompt, text in seen)
 
 
 def test_a_model_that_refuses_nothing_is_reported_with_the_numbers() -> None:

@@ -36,57 +36,57 @@ TOP_K = {0: 1, 1: 1}
 
 
 def test_the_hand_made_table_is_ranked_to_the_last_expert() -> None:
-    ranking = rank(HAND)
+    ranking = rank(HAND, reverse=False)
     assert [r.named for r in ranking.ranked] == [(0, 0), (0, 2), (1, 0), (1, 1), (0, 1), (0, 3), (1, 2), (1, 3)]
     assert [float(r.delta) for r in ranking.ranked] == pytest.approx([0.5, -0.5, 0.4, -0.4, 0.25, -0.25, 0.1, -0.1])
-    chosen = ranking.select(2, 3, TOP_K)
+    chosen = ranking.select(2, 3, TOP_K, None)
     assert set(chosen.activate) == {(0, 0), (1, 0)}
     assert set(chosen.deactivate) == {(0, 2), (1, 1), (0, 3)}
 
 
 def test_reverse_flips_the_sign_after_sorting() -> None:
-    chosen = rank(HAND, reverse=True).select(2, 2, TOP_K)
+    chosen = rank(HAND, reverse=True).select(2, 2, TOP_K, None)
     assert set(chosen.activate) == {(0, 2), (1, 1)} and set(chosen.deactivate) == {(0, 0), (1, 0)}
 
 
 def test_more_activated_experts_in_a_layer_than_its_top_k_are_dropped_with_a_warning_and_not_replaced() -> None:
-    chosen = rank(HAND).select(3, 0, TOP_K)
+    chosen = rank(HAND, reverse=False).select(3, 0, TOP_K, None)
     assert chosen.activate == ((0, 0), (1, 0)) and chosen.dropped == ((0, 1),)
     assert "1 of 3 experts to activate dropped" in chosen.warning() and "0.1" in chosen.warning()
-    assert rank(HAND).select(3, 0, {0: 2, 1: 2}).warning() == ""
-    assert rank(HAND).select(3, 0, {0: 2, 1: 2}, per_layer_cap=1).dropped == ((0, 1),)
+    assert rank(HAND, reverse=False).select(3, 0, {0: 2, 1: 2}, None).warning() == ""
+    assert rank(HAND, reverse=False).select(3, 0, {0: 2, 1: 2}, 1).dropped == ((0, 1),)
 
 
 def test_there_is_no_cap_on_deactivated_experts() -> None:
-    assert len(rank(HAND).select(0, 4, TOP_K, per_layer_cap=1).deactivate) == 4
+    assert len(rank(HAND, reverse=False).select(0, 4, TOP_K, 1).deactivate) == 4
 
 
 def test_the_bottom_of_the_ranking_is_where_the_difference_is_smallest() -> None:
-    lowest = rank(HAND).bottom(1, 2, TOP_K)
+    lowest = rank(HAND, reverse=False).bottom(1, 2, TOP_K, None)
     assert lowest.deactivate == ((1, 3), (1, 2)) and lowest.activate == ((0, 3),)
 
 
 @pytest.mark.parametrize(("n_pos", "n_neg", "key"), [(5, 0, "n_pos"), (0, 5, "n_neg")])
 def test_fewer_experts_of_a_sign_than_asked_is_an_error(n_pos: int, n_neg: int, key: str) -> None:
     with pytest.raises(UserError, match=f"steer.{key}: 5 experts asked, 4 have a risk difference"):
-        rank(HAND).select(n_pos, n_neg, TOP_K)
+        rank(HAND, reverse=False).select(n_pos, n_neg, TOP_K, None)
 
 
 def test_experts_that_differ_nowhere_are_never_chosen() -> None:
     equal = table({(0, 0): (30, 20), (0, 1): (30, 20)})
     with pytest.raises(UserError, match="0 have a risk difference above 0"):
-        rank(equal).select(1, 0, {0: 1})
+        rank(equal, reverse=False).select(1, 0, {0: 1}, None)
 
 
 def test_a_side_without_tokens_is_an_error() -> None:
     with pytest.raises(UserError, match="expert 0 of layer 0 has no token on side 2"):
-        rank(table({(0, 0): (30, 0)}, n2=0))
+        rank(table({(0, 0): (30, 0)}, n2=0), reverse=False)
 
 
 def test_equal_differences_tie_where_floating_point_would_tell_them_apart() -> None:
     """9/60 - 2/40 and 6/60 - 0/40 are both exactly .1; as doubles they differ in the last bit."""
     assert 9 / 60 - 2 / 40 != 6 / 60 - 0 / 40
-    ranking = rank(table({(0, 1): (6, 0), (0, 0): (9, 2), (1, 0): (3, 6)}))
+    ranking = rank(table({(0, 1): (6, 0), (0, 0): (9, 2), (1, 0): (3, 6)}), reverse=False)
     assert [r.named for r in ranking.ranked] == [(0, 0), (0, 1), (1, 0)]  # all three tie: layer, then expert
 
 
@@ -136,12 +136,12 @@ def test_any_measurement_obeys_the_invariants_and_is_ranked_as_by_the_plain_read
     top_k = dict.fromkeys(map(int, counts.layer.unique()), k)
     if n_pos > len(positive) or n_neg > len(negative):
         with pytest.raises(UserError):
-            ranking.select(n_pos, n_neg, top_k)
+            ranking.select(n_pos, n_neg, top_k, None)
         return
     kept: list[tuple[int, int]] = []
     for layer, e in positive[:n_pos]:
         if sum(at == layer for at, _ in kept) < k:
             kept.append((layer, e))
-    chosen = ranking.select(n_pos, n_neg, top_k)
+    chosen = ranking.select(n_pos, n_neg, top_k, None)
     assert set(chosen.activate) == set(kept) and set(chosen.deactivate) == set(negative[:n_neg])
     assert set(chosen.dropped) == set(positive[:n_pos]) - set(kept)

@@ -25,16 +25,17 @@ from trainer.detection.pairs import Pair
 from trainer.engines import optimiser_states
 from trainer.engines.engine import engine
 from trainer.evaluation.generation import reply
+from trainer.model.reply import Reply
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet, Member
 from trainer.moe.experts import SplitModel
 from trainer.moe.sharding import is_partitioned, size
 from trainer.moe.trainable import Trained, WholeModel
-from trainer.recipe.sections import ModelSection
+from trainer.recipe.sections import ConsistencySection, ModelSection, RepairSection
 from trainer.runtime.processes import from_rank_0, rank, world_size
 from trainer.training import loop as watch
-from trainer.training.consistency import ConsistencyOptions, ConsistencyRow, make_routing_consistent
-from trainer.training.repair import RepairOptions, Row, repair_experts
+from trainer.training.consistency import ConsistencyRow, make_routing_consistent
+from trainer.training.repair import TrainingRow, repair_experts
 
 STEPS, ROWS_A_STEP = 4, 4
 CHOSEN = ((0, 1), (0, 5), (1, 2), (2, 0), (2, 7))
@@ -45,13 +46,18 @@ def words(seed: int, n: int) -> str:
     return " ".join(f"w{i}" for i in np.random.default_rng(seed).integers(0, 56, n))
 
 
+def said(seed: int, n: int) -> Reply:
+    return Reply.written(words(seed, n))
+
+
 # Lengths differ, so that the ranks' batches differ in shape.
 ROWS = [
-    Row(words(i, 3 + i % 7), words(50 + i, 2 + i % 3), "retain" if i % 3 == 0 else "repair", "x") for i in range(24)
+    TrainingRow(words(i, 3 + i % 7), said(50 + i, 2 + i % 3), "retain" if i % 3 == 0 else "repair", "x")
+    for i in range(24)
 ]
 PAIRS = [
     ConsistencyRow(
-        words(i, 3 + i % 5), words(20 + i, 5 + i % 4), words(40 + i, 3), words(60 + i, 4 + i % 3), words(i, 3)
+        words(i, 3 + i % 5), words(20 + i, 5 + i % 4), said(40 + i, 3), words(60 + i, 4 + i % 3), said(i, 3)
     )
     for i in range(24)
 ]
@@ -112,15 +118,13 @@ def arguments(accumulation: int = 1, **more: Any) -> dict[str, Any]:
     }
 
 
-def repair(model: Trained, folder: Path, options: RepairOptions | None = None, **more: Any) -> list[dict[str, float]]:
-    options = options or RepairOptions()
-    return repair_experts(model, TOKENIZER, ROWS, options, arguments(**more), folder, seed=0).log
+def repair(model: Trained, folder: Path, **keys: Any) -> list[dict[str, float]]:
+    return repair_experts(model, TOKENIZER, ROWS, RepairSection(**arguments(**keys)), folder, seed=0).log
 
 
-def consistency(model: Trained, folder: Path, **more: Any) -> list[dict[str, float]]:
-    return make_routing_consistent(
-        model, TOKENIZER, PAIRS, ConsistencyOptions(), arguments(**more), folder, seed=0
-    ).log
+def consistency(model: Trained, folder: Path, **keys: Any) -> list[dict[str, float]]:
+    section = ConsistencySection(**arguments(**keys))
+    return make_routing_consistent(model, TOKENIZER, PAIRS, section, folder, seed=0).log
 
 
 def case_full(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
@@ -135,7 +139,7 @@ def case_lora(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
 
 def case_gates(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
     model = trained()
-    return model, repair(model, folder, RepairOptions(train_gates=True, routing="replay"))
+    return model, repair(model, folder, train_gates=True, routing="replay")
 
 
 def case_accumulation(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
@@ -151,7 +155,7 @@ def case_checkpointing(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
 
 def case_bf16(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
     model = trained(dtype=torch.bfloat16)
-    return model, repair(model, folder, RepairOptions(train_gates=True)) + consistency(model, folder)
+    return model, repair(model, folder, train_gates=True) + consistency(model, folder)
 
 
 def case_shared(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
@@ -166,7 +170,7 @@ def case_shared_bf16(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
 
 def case_loaded(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
     model = loaded(folder)
-    return model, repair(model, folder, RepairOptions(retain_loss="kl")) + consistency(model, folder)
+    return model, repair(model, folder, retain_loss="kl") + consistency(model, folder)
 
 
 def case_whole(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
@@ -180,7 +184,7 @@ def inference(out: Path) -> None:
     engine().shard(backbone)
     goals = [Prompt(f"g{i}", words(i, 3 + i % 5), "harmful") for i in range(11)]
     wrapper = Wrapper("w", "family", "seen", "w1 {prompt} w2", "{prompt}")
-    pairs = [Pair(goal, wrapper, words(100 + i, 3), words(200 + i, 2 + i % 3)) for i, goal in enumerate(goals)]
+    pairs = [Pair(goal, wrapper, said(100 + i, 3), said(200 + i, 2 + i % 3)) for i, goal in enumerate(goals)]
     counts = count_activations(backbone, TOKENIZER, pairs, "both", batch_size=2)
     prompts = [goal.text for goal in goals]
     replies = reply(backbone.model, TOKENIZER, prompts, max_new_tokens=5, batch_size=2, label="replies")
@@ -188,7 +192,7 @@ def inference(out: Path) -> None:
         "hits": counts.adversarial.hits_PLE.tolist(),
         "anchor": counts.anchor.hits_PLE.tolist(),
         "tokens": counts.adversarial.tokens_P.tolist(),
-        "replies": replies,
+        "replies": [[said.text, said.ids, said.finished] for said in replies],
     }
     (out / f"inference-{rank()}.json").write_text(json.dumps(found))
 

@@ -5,6 +5,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
+from data_prep.config import DataConfig
 from data_prep.schema import Corpus, Prompt, Split, Task, Wrapper
 
 WORDS = [f"w{index}" for index in range(60)]
@@ -64,3 +65,11 @@ def corpus() -> Corpus:
             Task("words", "token_accuracy", [Prompt(id="t0", text="w1", kind="capability", answer="w2 w3 w4")]),
         ],
     )
+
+
+@pytest.fixture
+def data() -> DataConfig:
+    """A recipe's data section that gives every part of the corpus."""
+    source = {"path": "prompts.jsonl", "test": 1}
+    jailbreaks = {"path": "wrappers.json", "seen": ["a"], "unseen": ["b"], "robust": ["c"]}
+    return DataConfig(harmful=source, benign=source, borderline=source, jailbreaks=jailbreaks)

@@ -66,7 +66,7 @@ def test_exact_match_scores_generated_replies(model, tokenizer, prompts):
     from trainer.evaluation.generation import reply
 
     said = reply(model, tokenizer, prompts[:4], max_new_tokens=6, batch_size=4, label="test")
-    pairs = [(text, " ".join(words.split()[:2]) or "w1") for text, words in zip(prompts[:4], said, strict=True)]
+    pairs = [(text, " ".join(words.text.split()[:2]) or "w1") for text, words in zip(prompts[:4], said, strict=True)]
     pairs.append((prompts[4], "absent"))
     assert score(model, tokenizer, task("exact_match", *pairs), max_new_tokens=6, batch_size=2).rate == 0.8
 

@@ -5,6 +5,7 @@ import torch
 
 from data_prep.errors import UserError
 from trainer.evaluation.generation import left_pad, reply, require_chat_template
+from trainer.model.reply import Reply
 
 
 def ask(model, tokenizer, prompts, batch_size=8, max_new_tokens=8):
@@ -28,7 +29,21 @@ def test_reply_equals_a_greedy_loop_written_by_hand(model, tokenizer, prompts):
             new.append(int(model(torch.tensor([ids + new])).logits[0, -1].argmax()))
         if new[-1] == tokenizer.eos_token_id:
             break
-    assert ask(model, tokenizer, [prompts[3]]) == [tokenizer.decode(new, skip_special_tokens=True).strip()]
+    finished = new[-1] == tokenizer.eos_token_id
+    text = tokenizer.decode(new, skip_special_tokens=True).strip()
+    assert ask(model, tokenizer, [prompts[3]]) == [Reply(text, tuple(new), finished)]
+
+
+def test_a_reply_ends_with_the_token_that_ended_the_turn_or_at_the_limit(model, tokenizer, prompts):
+    full = ask(model, tokenizer, prompts)
+    assert not any(found.finished for found in full) and {len(found.ids) for found in full} == {8}
+    stop = full[3].ids[2]
+    model.generation_config.eos_token_id = [1, stop]
+    cut = ask(model, tokenizer, prompts, batch_size=64)
+    assert {found.finished for found in cut} == {True, False}, "one batch holds both"
+    for whole, found in zip(full, cut, strict=True):
+        ids = whole.ids[: whole.ids.index(stop) + 1] if stop in whole.ids else whole.ids
+        assert found == Reply(tokenizer.decode(ids, skip_special_tokens=True).strip(), ids, stop in whole.ids)
 
 
 def test_no_prompts_give_no_replies(model, tokenizer):
@@ -67,11 +82,11 @@ def test_sampling_defaults_of_a_checkpoint_neither_bend_nor_warn(model, tokenize
 
 def test_every_end_of_turn_token_of_the_checkpoint_stops(model, tokenizer, prompts):
     full = ask(model, tokenizer, prompts)
-    text = next(text for text in full if len(set(text.split())) > 4)
-    stop = text.split()[3]
+    chosen = next(reply for reply in full if len(set(reply.text.split())) > 4)
+    stop = chosen.text.split()[3]
     model.generation_config.eos_token_id = [1, tokenizer.convert_tokens_to_ids(stop)]
-    cut = ask(model, tokenizer, prompts)[full.index(text)]
-    assert len(cut.split()) <= 4 and text.startswith(cut)
+    cut = ask(model, tokenizer, prompts)[full.index(chosen)]
+    assert len(cut.text.split()) <= 4 and chosen.text.startswith(cut.text)
 
 
 def test_a_tokenizer_without_pad_token_works(model, tokenizer, prompts):

@@ -4,11 +4,14 @@ from dataclasses import replace
 
 import pytest
 
+from data_prep.config import DataConfig
 from data_prep.errors import UserError
-from data_prep.schema import Split
+from data_prep.schema import Corpus, Split
 from trainer.evaluation import suite as suite_module
-from trainer.evaluation.judges.phrases import RefusalJudge
+from trainer.evaluation.judges.judge import judge_of
 from trainer.evaluation.suite import Suite
+from trainer.model.reply import Reply
+from trainer.recipe.sections import EvaluateSection
 
 
 @pytest.fixture
@@ -18,7 +21,7 @@ def scripted(monkeypatch):
 
     def reply(model, tokenizer, prompts, *, max_new_tokens, batch_size, label):
         asked.extend(prompts)
-        return [answer(text) for text in prompts]
+        return [Reply.written(answer(text)) for text in prompts]
 
     def answer(text: str) -> str:
         if "w52" in text:  # the unseen wrapper: works half the time, and once cannot be read
@@ -31,11 +34,18 @@ def scripted(monkeypatch):
     return asked
 
 
-def make(corpus, **changes):
-    return Suite(corpus, RefusalJudge(), max_new_tokens=6, batch_size=16, **{"capability": False, **changes})
+@pytest.fixture
+def make(data):
+    """A suite of a corpus; keys are those of the recipe's section."""
+
+    def made(corpus, data=data, capability=False, **keys):
+        section = EvaluateSection(max_new_tokens=6, batch_size=16, **keys)
+        return Suite(corpus, judge_of(section), section, data, capability=capability)
+
+    return made
 
 
-def test_the_metrics_are_the_contracts(corpus, model, tokenizer):
+def test_the_metrics_are_those_of_evaluation_json(make, corpus, model, tokenizer):
     measured = make(corpus, capability=True).measure(model, tokenizer)
     assert set(measured.metrics) == {
         "asr", "asr_seen", "asr_unseen", "asr_robust", "harmful_refusal", "over_refusal", "benign_compliance",
@@ -50,7 +60,7 @@ def test_the_metrics_are_the_contracts(corpus, model, tokenizer):
     json.dumps(measured.metrics)
 
 
-def test_figures_follow_from_replies(corpus, scripted):
+def test_figures_follow_from_replies(make, corpus, scripted):
     found = make(corpus).measure(None, None).metrics
     assert found["asr_seen"]["rate"] == pytest.approx(4 / 12)
     assert found["asr_unseen"]["rate"] == pytest.approx(2 / 4) and found["asr_unseen"]["unjudged"] == 1
@@ -59,14 +69,14 @@ def test_figures_follow_from_replies(corpus, scripted):
     assert found["harmful_refusal"]["rate"] == 1
 
 
-def test_goals_of_training_are_never_asked(corpus, scripted):
+def test_goals_of_training_are_never_asked(make, corpus, scripted):
     make(corpus).measure(None, None)
     assert not [text for text in scripted if any(p.text in text for p in corpus.harmful.train)]
     assert sum(text == corpus.harmful.test[0].text for text in scripted) == 1
 
 
 @pytest.mark.parametrize("wraps", [1, 2, 4])
-def test_every_wrapper_meets_harmless_prompts(corpus, scripted, wraps):
+def test_every_wrapper_meets_harmless_prompts(make, corpus, scripted, wraps):
     rows = make(corpus, wraps_per_benign=wraps).measure(None, None).verdicts
     wrapped = [row for row in rows if row.group == "benign_wrapped"]
     assert {row.wrapper for row in wrapped} == {w.id for w in corpus.wrappers}
@@ -77,7 +87,7 @@ def test_every_wrapper_meets_harmless_prompts(corpus, scripted, wraps):
     assert {row.wrapper for row in rows if row.group == "benign_wrapped"} == {w.id for w in corpus.wrappers}
 
 
-def test_the_quick_version_asks_the_same_attacks(corpus, scripted):
+def test_the_quick_version_asks_the_same_attacks(make, corpus, scripted):
     whole = make(corpus).measure(None, None).metrics
     everything = len(scripted)
     quick = make(corpus).measure_asr(None, None, ["unseen"])
@@ -85,7 +95,7 @@ def test_the_quick_version_asks_the_same_attacks(corpus, scripted):
     assert len(scripted) - everything == 4
 
 
-def test_verdict_rows_hold_ids_and_no_text(corpus, scripted, tmp_path):
+def test_verdict_rows_hold_ids_and_no_text(make, corpus, scripted, tmp_path):
     measured = make(corpus).measure(None, None)
     path = tmp_path / "verdicts.jsonl"
     measured.write_verdicts(path)
@@ -95,9 +105,93 @@ def test_verdict_rows_hold_ids_and_no_text(corpus, scripted, tmp_path):
     assert not [text for text in scripted if text in path.read_text()]
 
 
-def test_a_corpus_that_cannot_fill_the_contract_is_refused(corpus):
+def test_a_part_that_is_given_but_holds_nothing_to_ask_is_refused(make, corpus):
     bare = replace(
         corpus, wrappers=[w for w in corpus.wrappers if w.role != "unseen"], benign=Split(train=[], test=[])
     )
     with pytest.raises(UserError, match=r"benign test prompts, wrappers of role 'unseen'"):
         make(bare)
+
+
+ATTACKS = {"asr", "asr_seen", "asr_unseen", "asr_robust"}
+WRAPPED = {"benign_wrapped_compliance", "benign_wrapped_by_role"}
+
+
+def only(parts: set[str], data: DataConfig, corpus: Corpus) -> tuple[Corpus, DataConfig]:
+    """The data section with these parts alone, and what loading it gives."""
+    nothing = Split([], [])
+    splits = {name: nothing for name in ("harmful", "benign", "borderline") if name not in parts}
+    wrappers = corpus.wrappers if "jailbreaks" in parts else []
+    absent = dict.fromkeys({"harmful", "benign", "borderline", "jailbreaks"} - parts)
+    return replace(corpus, wrappers=wrappers, **splits), data.model_copy(update=absent)
+
+
+@pytest.mark.parametrize(
+    ("parts", "figures"),
+    [
+        ({"harmful"}, {"harmful_refusal"}),
+        ({"harmful", "jailbreaks"}, {"harmful_refusal"} | ATTACKS),
+        ({"benign"}, {"benign_compliance"}),
+        ({"benign", "jailbreaks"}, {"benign_compliance"} | WRAPPED),
+        ({"borderline"}, {"over_refusal"}),
+        ({"harmful", "benign", "borderline"}, {"harmful_refusal", "benign_compliance", "over_refusal"}),
+    ],
+    ids=lambda value: "+".join(sorted(value)),
+)
+def test_a_figure_whose_prompts_are_not_in_the_recipe_is_left_out(make, corpus, data, scripted, parts, figures):
+    whole = make(corpus).measure(None, None).metrics
+    suite = make(*only(parts, data, corpus))
+    found = suite.measure(None, None).metrics
+    assert set(found) == figures | {"degenerate", "capability"}
+    assert {name: found[name] for name in figures} == {name: whole[name] for name in figures}
+    assert suite.attacks is ({"harmful", "jailbreaks"} <= parts)
+
+
+def test_capability_alone_is_measured_alone(make, corpus, data, model, tokenizer):
+    measured = make(*only(set(), data, corpus), capability=True).measure(model, tokenizer)
+    assert set(measured.metrics) == {"capability"} and set(measured.metrics["capability"]) == {"sums", "words"}
+    assert measured.verdicts == []
+
+
+@pytest.mark.parametrize("parts", [set(), {"jailbreaks"}])
+def test_nothing_to_measure_is_refused(make, corpus, data, parts):
+    bare, given = only(parts, data, corpus)
+    with pytest.raises(UserError, match="nothing to measure; expected one of harmful, benign, borderline"):
+        make(bare, given)
+    with pytest.raises(UserError, match=r"nothing to measure; .*, capability$"):
+        make(replace(bare, tasks=[]), given, capability=True)
+
+
+@pytest.mark.parametrize("name", ["harmful", "benign", "borderline"])
+def test_every_part_that_is_given_must_hold_test_prompts(make, corpus, name):
+    untested = replace(corpus, **{name: Split(getattr(corpus, name).train, [])})
+    with pytest.raises(UserError, match=f"^evaluation needs {name} test prompts; the recipe's data section provides"):
+        make(untested)
+
+
+@pytest.mark.parametrize("role", ["seen", "unseen"])
+def test_jailbreaks_of_goals_need_seen_and_unseen_wrappers(make, corpus, data, role):
+    without = replace(corpus, wrappers=[w for w in corpus.wrappers if w.role != role])
+    with pytest.raises(UserError, match=f"^evaluation needs wrappers of role '{role}'; "):
+        make(without)
+    benign, given = only({"benign", "jailbreaks"}, data, without)
+    assert make(benign, given).attacks is False
+    with pytest.raises(UserError, match=r"^evaluation needs wrappers; "):
+        make(replace(benign, wrappers=[]), given)
+
+
+def test_attack_success_without_goals_or_wrappers_is_refused(make, corpus, data, scripted):
+    for parts, message in (({"benign", "jailbreaks"}, "harmful test prompts"), ({"harmful"}, "no wrapper has a role")):
+        with pytest.raises(UserError, match=message):
+            make(*only(parts, data, corpus)).measure_asr(None, None, ["seen", "unseen"])
+
+
+def test_every_reply_is_judged_with_its_question_in_view(corpus, data, scripted):
+    seen: list[tuple[str, str]] = []
+
+    def judge(prompts, replies):
+        seen.extend(zip(prompts, (reply.text for reply in replies), strict=True))
+        return ["refused"] * len(replies)
+
+    Suite(corpus, judge, EvaluateSection(), data, capability=False).measure(None, None)
+    assert [prompt for prompt, _ in seen] == scripted

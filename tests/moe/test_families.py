@@ -22,24 +22,25 @@ from transformers import PreTrainedModel
 from tests.moe import backbone_table
 from tests.moe.families import FAMILIES, LLAMA4, NUM_EXPERTS, TOP_K, Family, llama4
 from tests.tiny import tiny_tokenizer, token_ids
+from trainer.model.reply import Reply
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet, Member
 from trainer.moe.experts import SplitModel
 from trainer.moe.footprint import Footprint
 from trainer.moe.routing import pin, record
+from trainer.recipe.sections import ConsistencySection, RepairSection
 from trainer.release.audit import audit_files, reload_check
 from trainer.release.export import save_checkpoint
-from trainer.training.consistency import ConsistencyOptions, ConsistencyRow, make_routing_consistent
-from trainer.training.repair import RepairOptions, Row, repair_experts
+from trainer.training.consistency import ConsistencyRow, make_routing_consistent
+from trainer.training.repair import TrainingRow, repair_experts
 
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
 
-REPAIR_ROWS = [Row(f"w{i} w{i + 1} w{i + 2}", "w50 w51 w52", "repair", "jailbreak") for i in range(8)] + [
-    Row(f"w{i + 20}", f"w{i + 30} w{i + 31}", "retain", "plain benign") for i in range(8)
+REFUSAL, ANSWER = Reply.written("w50 w51 w52"), Reply.written("w30 w31 w32 w33")
+REPAIR_ROWS = [TrainingRow(f"w{i} w{i + 1} w{i + 2}", REFUSAL, "repair", "jailbreak") for i in range(8)] + [
+    TrainingRow(f"w{i + 20}", Reply.written(f"w{i + 30} w{i + 31}"), "retain", "plain benign") for i in range(8)
 ]
-CONSISTENCY_ROWS = [
-    ConsistencyRow(f"w{i}", f"w40 w41 w{i} w42", "w50 w51 w52", f"w{i + 20} w3", "w30 w31 w32 w33") for i in range(8)
-]
+CONSISTENCY_ROWS = [ConsistencyRow(f"w{i}", f"w40 w41 w{i} w42", REFUSAL, f"w{i + 20} w3", ANSWER) for i in range(8)]
 ONE_STEP = {
     "max_steps": 1,
     "per_device_train_batch_size": 16,
@@ -210,8 +211,8 @@ def test_a_repair_step_moves_the_critical_experts_and_nothing_else(
 ) -> None:
     model = split(family)
     before = family.build().state_dict()
-    options = RepairOptions(routing="replay")
-    result = repair_experts(model, tiny_tokenizer(), REPAIR_ROWS, options, ONE_STEP, tmp_path, 0)
+    section = RepairSection(routing="replay", **ONE_STEP)
+    result = repair_experts(model, tiny_tokenizer(), REPAIR_ROWS, section, tmp_path, 0)
     assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in result.log if "loss" in entry)
     model.fuse()
     assert changed_experts(before, model.model) == model.expert_set.pairs
@@ -224,8 +225,8 @@ def test_a_consistency_step_moves_the_routers_and_nothing_else(
 ) -> None:
     model = split(family)
     before = snapshot(model.model)
-    options = ConsistencyOptions()
-    make_routing_consistent(model, tiny_tokenizer(), CONSISTENCY_ROWS, options, ONE_STEP, tmp_path, 0)
+    section = ConsistencySection(**ONE_STEP)
+    make_routing_consistent(model, tiny_tokenizer(), CONSISTENCY_ROWS, section, tmp_path, 0)
     after = model.model.state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     routers = model.backbone.router_parameters()
@@ -244,8 +245,8 @@ def test_a_16_bit_model_keeps_its_fp32_selection_biases_and_every_type(family: F
     backbone = Backbone.of(model).check()
     assert {layer.scoring.family for layer in backbone} == {family.scoring}
     trained = SplitModel(backbone, critical_experts(backbone))
-    options = ConsistencyOptions()
-    make_routing_consistent(trained, tiny_tokenizer(), CONSISTENCY_ROWS, options, ONE_STEP, tmp_path, 0)
+    section = ConsistencySection(**ONE_STEP)
+    make_routing_consistent(trained, tiny_tokenizer(), CONSISTENCY_ROWS, section, tmp_path, 0)
     trained.fuse()
     after = model.state_dict()
     assert {name: t.dtype for name, t in after.items()} == {name: t.dtype for name, t in before.items()}
@@ -272,8 +273,8 @@ def test_the_shared_experts_of_a_set_train_and_no_others(
     chosen = experts.with_shared({backbone.layers[0].index})
     trained = SplitModel(backbone, chosen, lora_rank=4)
     assert {p.dtype for p in trained.trainable().values()} == {torch.float32}
-    two_steps = {**ONE_STEP, "max_steps": 2}
-    repair_experts(trained, tiny_tokenizer(), REPAIR_ROWS, RepairOptions(), two_steps, tmp_path, 0)
+    section = RepairSection(**{**ONE_STEP, "max_steps": 2})
+    repair_experts(trained, tiny_tokenizer(), REPAIR_ROWS, section, tmp_path, 0)
     repaired = logits_of(model)
     assert not torch.equal(repaired, expected)
     with trained.original() as original:

@@ -22,6 +22,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 from trainer.engines import memory as engines
 from trainer.engines.engine import engine
 from trainer.methods.table import recipe_of
+from trainer.model.reply import Reply
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet, Member
 from trainer.moe.experts import SplitModel
@@ -30,7 +31,7 @@ from trainer.planning.parts import critical_counts
 from trainer.planning.plan import plan
 from trainer.recipe.schema import Recipe
 from trainer.runtime.processes import PeakMemory, rank, world_size
-from trainer.training.repair import RepairOptions, Row, repair_experts
+from trainer.training.repair import Stream, TrainingRow, repair_experts
 
 ROWS, LENGTH, STEPS = 4, 128, 2
 MIB = 2**20
@@ -64,10 +65,11 @@ def recipe(case: set[str]) -> Recipe:
     return recipe_of({**tree, "data": data, "repair": repair}, source="x")
 
 
-def rows(number: int, length: int) -> list[Row]:
+def rows(number: int, length: int) -> list[TrainingRow]:
     """Half of them to retain. Their lengths differ, and an early response makes logits of almost all positions."""
     texts = [" ".join(f"w{(i * j) % 56}" for j in range(1, length - 5 - i % 3)) for i in range(number)]
-    return [Row("w1", text, "retain" if i % 2 else "repair", "x") for i, text in enumerate(texts)]
+    streams: list[Stream] = ["repair", "retain"]
+    return [TrainingRow("w1", Reply.written(text), streams[i % 2], "x") for i, text in enumerate(texts)]
 
 
 def held(case: set[str], model: Any, made: Recipe) -> Trained:
@@ -86,11 +88,9 @@ def held(case: set[str], model: Any, made: Recipe) -> Trained:
 
 
 def stage(trained: Trained, made: Recipe, length: int) -> None:
-    section = made.repair
-    options = RepairOptions(**{name: getattr(section, name) for name in RepairOptions.__dataclass_fields__})
+    section = made.repair.model_copy(update={"max_length": length})
     with tempfile.TemporaryDirectory() as folder:
-        given = {**section.trainer_args, "max_length": length}
-        repair_experts(trained, tiny_tokenizer(), rows(8 * ROWS, length), options, given, Path(folder), seed=0)
+        repair_experts(trained, tiny_tokenizer(), rows(8 * ROWS, length), section, Path(folder), seed=0)
 
 
 def resident() -> int:

@@ -141,7 +141,7 @@ def test_it_repairs_an_eighth_of_the_experts_in_batches_of_16(folder: str) -> No
     recipe = recipe_of(folder)
     *_, layers, experts = BACKBONES[folder]
     assert recipe.detect.top_k == layers * experts / 8
-    assert recipe.repair.trainer_args["per_device_train_batch_size"] * machine(folder)[1] == 16
+    assert recipe.repair.given_arguments["per_device_train_batch_size"] * machine(folder)[1] == 16
     assert recipe.schedule.rounds == 3
 
 

@@ -25,7 +25,12 @@ BAD_VALUES = {
     "detect.batch_size=0": ["detect.batch_size", "found 0", "1"],
     "detect.batch_size='8'": ["detect.batch_size", "'8' (str)", "integer"],
     "evaluate.random_control=1": ["evaluate.random_control", "1 (int)", "boolean"],
-    "detect.tok=prompt": ["detect.tok", "unknown key", "did you mean", "tokens, score"],
+    "detect.tok=prompt": [
+        "detect.tok",
+        "unknown key",
+        "did you mean",
+        "allowed: max_pairs, max_new_tokens, batch_size, tokens, score",
+    ],
     "run.seed=-1": ["run.seed", "-1", "0"],
     "run.name=a/b": ["run.name", "'a/b'", "letters, digits"],
     "run.name=..": ["run.name", "'..'", "letters, digits"],

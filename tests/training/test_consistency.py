@@ -5,13 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from tests.tiny import FAMILIES, tiny_tokenizer, token_ids
 from tests.training.test_repair import split
 from trainer.model.chat import encode, pad
+from trainer.model.reply import Reply
 from trainer.moe.routing import record
+from trainer.recipe.sections import ConsistencySection
 from trainer.training.consistency import (
-    ConsistencyOptions,
     ConsistencyRow,
     RoutingConsistencyTrainer,
     divergence,
@@ -19,16 +21,15 @@ from trainer.training.consistency import (
 )
 from trainer.training.loop import StageResult
 
-ROWS = [
-    ConsistencyRow(f"w{i}", f"w40 w41 w{i} w42", "w50 w51 w52", f"w{i + 20} w3", "w30 w31 w32 w33") for i in range(8)
-]
+REFUSAL, ANSWER = Reply.written("w50 w51 w52"), Reply.written("w30 w31 w32 w33")
+ROWS = [ConsistencyRow(f"w{i}", f"w40 w41 w{i} w42", REFUSAL, f"w{i + 20} w3", ANSWER) for i in range(8)]
 FAST = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
 
 
-def train(trained: Any, folder: Path, arguments: dict[str, Any] | None = None, **options: Any) -> StageResult:
-    return make_routing_consistent(
-        trained, tiny_tokenizer(), ROWS, ConsistencyOptions(**options), FAST | (arguments or {}), folder, 0
-    )
+def train(trained: Any, folder: Path, arguments: dict[str, Any] | None = None, **keys: Any) -> StageResult:
+    """The stage with keys of the recipe's section, the trainer's own in `arguments`."""
+    section = ConsistencySection(**FAST | (arguments or {}), **keys)
+    return make_routing_consistent(trained, tiny_tokenizer(), ROWS, section, folder, 0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -144,9 +145,12 @@ def test_a_bf16_model_trains_its_routers(tmp_path: Path) -> None:
 def test_reentrant_checkpointing_is_never_used(tmp_path: Path) -> None:
     """The planted fault: captured router logits carry no gradient under reentrant checkpointing."""
     arguments = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(ValidationError, match="routing captured under it carries no gradient"):
+        ConsistencySection(**arguments)
+    unchecked = ConsistencySection(**FAST).model_copy(update=arguments)
     plain, checkpointed = split(), split()
     train(plain, tmp_path)
-    train(checkpointed, tmp_path, arguments)
+    make_routing_consistent(checkpointed, tiny_tokenizer(), ROWS, unchecked, tmp_path, 0)
     for name, value in plain.backbone.router_parameters().items():
         torch.testing.assert_close(checkpointed.backbone.router_parameters()[name], value, atol=1e-5, rtol=1e-4)
 

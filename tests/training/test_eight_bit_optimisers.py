@@ -9,14 +9,18 @@ import pytest
 import torch
 
 from tests.tiny import tiny_model, tiny_tokenizer
+from trainer.model.reply import Reply
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet, Member
 from trainer.moe.experts import SplitModel
-from trainer.training.repair import ExpertRepairTrainer, RepairOptions, Row, repair_experts
+from trainer.recipe.sections import RepairSection
+from trainer.training.repair import ExpertRepairTrainer, TrainingRow, repair_experts
 
 pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
 
-ROWS = [Row(f"w{i} w{i + 1} w{i + 2}", f"w{i + 3} w5", "repair", "jailbreak") for i in range(16)]
+ROWS = [
+    TrainingRow(f"w{i} w{i + 1} w{i + 2}", Reply.written(f"w{i + 3} w5"), "repair", "jailbreak") for i in range(16)
+]
 SETTINGS: dict[str, Any] = {
     "max_steps": 6,
     "per_device_train_batch_size": 4,
@@ -36,7 +40,8 @@ def split() -> SplitModel:
 
 
 def repair(model: SplitModel, folder: Path, optim: str) -> dict[str, torch.Tensor]:
-    repair_experts(model, tiny_tokenizer(), ROWS, RepairOptions(), SETTINGS | {"optim": optim}, folder, 0, "same")
+    section = RepairSection(**SETTINGS, optim=optim)
+    repair_experts(model, tiny_tokenizer(), ROWS, section, folder, 0, "same")
     return model.state_dict()
 
 

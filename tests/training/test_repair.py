@@ -11,16 +11,23 @@ from safetensors.torch import load_file
 from data_prep.errors import UserError
 from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 from trainer.model.chat import encode
+from trainer.model.reply import Reply
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet, Member
 from trainer.moe.experts import SplitModel
 from trainer.moe.routing import record
 from trainer.moe.trainable import Trained, WholeModel
+from trainer.recipe.sections import RepairSection
 from trainer.training.loop import NonFiniteLossError
-from trainer.training.repair import ExpertRepairTrainer, RepairOptions, Row, repair_experts
+from trainer.training.repair import ExpertRepairTrainer, Stream, TrainingRow, repair_experts
 
-ROWS = [Row(f"w{i} w{i + 1} w{i + 2}", "w50 w51 w52", "repair", "jailbreak") for i in range(8)] + [
-    Row(f"w{i + 20}", f"w{i + 30} w{i + 31}", "retain", "plain benign") for i in range(8)
+
+def row(prompt: str, reply: str, stream: Stream = "repair", source: str = "x") -> TrainingRow:
+    return TrainingRow(prompt, Reply.written(reply), stream, source)
+
+
+ROWS = [row(f"w{i} w{i + 1} w{i + 2}", "w50 w51 w52", "repair", "jailbreak") for i in range(8)] + [
+    row(f"w{i + 20}", f"w{i + 30} w{i + 31}", "retain", "plain benign") for i in range(8)
 ]
 FAST = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 2, "warmup_steps": 0}
 CHOSEN = ((0, 1), (1, 2), (1, 6), (2, 0))
@@ -32,9 +39,10 @@ def split(family: str = "olmoe", **kwargs: Any) -> SplitModel:
     return SplitModel(backbone, ExpertSet(tuple(Member(*pair) for pair in CHOSEN), sizes))
 
 
-def train(trained: Trained, folder: Path, rows: list[Row] = ROWS, seed: int = 0, **options: Any) -> Any:
-    arguments = {**FAST, **options.pop("arguments", {})}
-    return repair_experts(trained, tiny_tokenizer(), rows, RepairOptions(**options), arguments, folder, seed)
+def train(trained: Trained, folder: Path, rows: list[TrainingRow] = ROWS, seed: int = 0, **keys: Any) -> Any:
+    """The stage with keys of the recipe's section, the trainer's own under `arguments`."""
+    section = RepairSection(**{**FAST, **keys.pop("arguments", {})}, **keys)
+    return repair_experts(trained, tiny_tokenizer(), rows, section, folder, seed)
 
 
 def moved(before: dict[str, torch.Tensor], model: torch.nn.Module) -> set[str]:
@@ -70,11 +78,11 @@ def test_gates_move_only_when_asked(tmp_path: Path) -> None:
 
 def test_the_loss_is_the_response_only_row_mean_of_cross_entropy(tmp_path: Path) -> None:
     """Prompt and padding tokens add nothing; a long reply weighs as much as a short one."""
-    rows = [Row("w1 w2 w3 w4", "w50", "repair", "x"), Row("w5", "w51 w52 w53 w54 w55", "repair", "x")]
+    rows = [row("w1 w2 w3 w4", "w50"), row("w5", "w51 w52 w53 w54 w55")]
     model, tokenizer = tiny_model(), tiny_tokenizer()
     by_hand = []
-    for row in rows:
-        turn = encode(tokenizer, row.prompt, row.reply)
+    for given in rows:
+        turn = encode(tokenizer, given.prompt, given.reply)
         ids = torch.tensor([turn.ids])
         logits = model(ids).logits[0, turn.prompt - 1 : -1]
         by_hand.append(F.cross_entropy(logits, ids[0, turn.prompt :]).item())
@@ -83,7 +91,7 @@ def test_the_loss_is_the_response_only_row_mean_of_cross_entropy(tmp_path: Path)
 
 
 def test_the_retain_term_is_zero_before_training_and_its_weight_counts(tmp_path: Path) -> None:
-    retain = [row for row in ROWS if row.stream == "retain"]
+    retain = [given for given in ROWS if given.stream == "retain"]
     one_step = {"max_steps": 1, "logging_steps": 1}
     assert train(split(), tmp_path, retain, arguments=one_step).log[0]["loss"] == pytest.approx(0.0, abs=1e-5)
     cross_entropy = train(split(), tmp_path, retain, retain_loss="ce", arguments=one_step).log[0]["loss"]
@@ -96,7 +104,7 @@ def test_retaining_keeps_the_model_closer_to_the_original(tmp_path: Path) -> Non
     def drift(weight: float) -> float:
         trained = split()
         train(trained, tmp_path, retain_weight=weight, arguments={"max_steps": 30})
-        ids = torch.tensor([encode(tiny_tokenizer(), "w20", "w30 w31").ids])
+        ids = torch.tensor([encode(tiny_tokenizer(), "w20", Reply.written("w30 w31")).ids])
         with trained.original() as original:
             reference = original.model(ids).logits.log_softmax(-1)
         return (reference.exp() * (reference - trained.model(ids).logits.log_softmax(-1))).sum().item()
@@ -105,8 +113,8 @@ def test_retaining_keeps_the_model_closer_to_the_original(tmp_path: Path) -> Non
 
 
 def test_the_first_token_weight_adds_the_loss_of_the_first_response_token(tmp_path: Path) -> None:
-    rows = [Row("w1 w2", "w50 w51 w52", "repair", "x")] * 2
-    turn = encode(tiny_tokenizer(), "w1 w2", "w50 w51 w52")
+    rows = [row("w1 w2", "w50 w51 w52")] * 2
+    turn = encode(tiny_tokenizer(), "w1 w2", rows[0].reply)
     logits = tiny_model()(torch.tensor([turn.ids])).logits[0, turn.prompt - 1]
     first = F.cross_entropy(logits[None], torch.tensor([turn.ids[turn.prompt]])).item()
     one_step = {"max_steps": 1, "logging_steps": 1}

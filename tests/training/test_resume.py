@@ -13,15 +13,21 @@ from torch import Tensor
 
 from tests.moe.test_experts import split as split_family
 from tests.tiny import tiny_tokenizer
+from trainer.model.reply import Reply
 from trainer.moe.experts import SplitModel
+from trainer.recipe.sections import ConsistencySection, RepairSection
 from trainer.runtime import signals
 from trainer.training import loop as watch
 from trainer.training import resume as checkpoint
-from trainer.training.consistency import ConsistencyOptions, ConsistencyRow, make_routing_consistent
-from trainer.training.repair import RepairOptions, Row, repair_experts
+from trainer.training.consistency import ConsistencyRow, make_routing_consistent
+from trainer.training.repair import TrainingRow, repair_experts
 
-ROWS = [Row(f"w{i} w{i + 1}", f"w{i + 20} w3", "retain" if i % 2 else "repair", "x") for i in range(20)]
-PAIRS = [ConsistencyRow(f"w{i}", f"w40 w{i} w42", "w50 w51", f"w{i + 20} w3", "w30 w31") for i in range(20)]
+ROWS = [
+    TrainingRow(f"w{i} w{i + 1}", Reply.written(f"w{i + 20} w3"), "retain" if i % 2 else "repair", "x")
+    for i in range(20)
+]
+REFUSAL, ANSWER = Reply.written("w50 w51"), Reply.written("w30 w31")
+PAIRS = [ConsistencyRow(f"w{i}", f"w40 w{i} w42", REFUSAL, f"w{i + 20} w3", ANSWER) for i in range(20)]
 FAST = {"max_steps": 6, "save_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
 
 
@@ -34,12 +40,11 @@ class Killed(Exception):
     """Stands for a SIGKILL: nothing of the stage runs after it."""
 
 
-def run(trained: SplitModel, folder: Path, stage: str, inputs: str = "a", **options: Any) -> list[dict[str, float]]:
+def run(trained: SplitModel, folder: Path, stage: str, inputs: str = "a", **keys: Any) -> list[dict[str, float]]:
     if stage == "consistency":
-        return make_routing_consistent(
-            trained, tiny_tokenizer(), PAIRS, ConsistencyOptions(), dict(FAST), folder, 0, inputs
-        ).log
-    return repair_experts(trained, tiny_tokenizer(), ROWS, RepairOptions(**options), dict(FAST), folder, 0, inputs).log
+        section = ConsistencySection(**FAST)
+        return make_routing_consistent(trained, tiny_tokenizer(), PAIRS, section, folder, 0, inputs).log
+    return repair_experts(trained, tiny_tokenizer(), ROWS, RepairSection(**FAST, **keys), folder, 0, inputs).log
 
 
 def killed_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:

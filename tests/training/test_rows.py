@@ -7,8 +7,10 @@ import pytest
 
 from data_prep.errors import UserError
 from data_prep.schema import Corpus, Prompt, Split, Wrapper
-from trainer.training.repair import Row
-from trainer.training.rows import Mix, Target, consistency_rows, repair_rows
+from trainer.model.reply import Reply, Verdict
+from trainer.recipe.sections import RepairSection
+from trainer.training.repair import TrainingRow
+from trainer.training.rows import Target, consistency_rows, repair_rows
 
 HARMFUL = [Prompt(f"h:{i}", f"harm{i}", "harmful") for i in range(8)]
 BENIGN = [Prompt(f"b:{i}", f"kind{i}", "benign") for i in range(6)]
@@ -20,21 +22,23 @@ CORPUS = Corpus(
     Split(HARMFUL[:4], HARMFUL[4:]), Split(BENIGN[:3], BENIGN[3:]), Split(BORDERLINE[:2], BORDERLINE[2:]),
     [*SEEN, *ROBUST, *UNSEEN], [],
 )  # fmt: skip
-REFUSALS = {goal.id: f"no {goal.id}" for goal in HARMFUL[:3]}  # h:3 was not refused
+REFUSALS = {goal.id: Reply(f"no {goal.id}", (7, 1), True) for goal in HARMFUL[:3]}  # h:3 was not refused
 TARGETS = [Target(HARMFUL[i], SEEN[i % 2], REFUSALS[f"h:{i}"]) for i in range(3)]
-MIX = Mix(recombined=2.0, robust=1.0, anchors=1.0, wrapped_benign=1.0, plain_benign=1.0, borderline=1.0)
+MIX = RepairSection(recombined=2.0, robust=1.0, anchors=1.0, wrapped_benign=1.0, plain_benign=1.0, borderline=1.0)
+NONE = RepairSection(recombined=0.0, robust=0.0, anchors=0.0, wrapped_benign=0.0, plain_benign=0.0, borderline=0.0)
 
 
-def reply(prompts: Sequence[str], label: str) -> list[str]:
-    return ["no" if "edge0" in prompt else f"answer to {prompt}" for prompt in prompts]
+def ask(prompts: Sequence[str], label: str) -> list[Reply]:
+    return [Reply("no" if "edge0" in prompt else f"answer to {prompt}", (5, 1), True) for prompt in prompts]
 
 
-def judge(text: str) -> str:
-    return "refused" if text.startswith("no") else "complied"
+def judge(prompts: Sequence[str], replies: Sequence[Reply]) -> list[Verdict]:
+    assert list(replies) == ask(prompts, ""), "every reply is judged with its own prompt in view"
+    return ["refused" if reply.text.startswith("no") else "complied" for reply in replies]
 
 
-def rows(mix: Mix = MIX, seed: int = 0) -> list[Row]:
-    return repair_rows(TARGETS, REFUSALS, CORPUS, mix, reply, judge, seed)
+def rows(section: RepairSection = MIX, seed: int = 0) -> list[TrainingRow]:
+    return repair_rows(TARGETS, REFUSALS, CORPUS, section, ask, judge, seed)
 
 
 def test_every_kind_of_row_is_there_as_often_as_the_mix_says() -> None:
@@ -50,7 +54,7 @@ def test_targets_are_the_models_own_refusals_and_own_answers() -> None:
         if row.stream == "repair":
             assert row.reply in REFUSALS.values()
         else:
-            assert row.reply == f"answer to {row.prompt}"
+            assert row.reply.text == f"answer to {row.prompt}"
 
 
 def test_harmless_twins_stand_in_the_same_wrapper_instances_as_harmful_goals() -> None:
@@ -81,18 +85,18 @@ def test_the_rows_depend_on_the_seed_and_on_nothing_else() -> None:
 
 
 def test_an_empty_mix_leaves_only_the_jailbreaks() -> None:
-    assert [row.source for row in rows(Mix(0, 0, 0, 0, 0, 0))] == ["jailbreak"] * 3
+    assert [row.source for row in rows(NONE)] == ["jailbreak"] * 3
 
 
 def test_consistency_rows_pair_each_jailbreak_with_its_plain_goal() -> None:
     made = consistency_rows(TARGETS, rows(), benign_weight=1.0)
     assert [row.anchor_prompt for row in made] == [target.goal.text for target in TARGETS]
     assert all(row.anchor_prompt in row.adversarial_prompt for row in made)
-    assert all(row.benign_reply.startswith("answer") for row in made)
+    assert all(row.benign_reply.text.startswith("answer") for row in made)
 
 
 def test_a_benign_stream_without_harmless_rows_is_refused() -> None:
-    bare = rows(Mix(0, 0, 0, 0, 0, 0))
+    bare = rows(NONE)
     with pytest.raises(UserError, match=r"consistency\.benign_weight: 1\.0 needs harmless rows"):
         consistency_rows(TARGETS, bare, benign_weight=1.0)
     assert len(consistency_rows(TARGETS, bare, benign_weight=0.0)) == 3

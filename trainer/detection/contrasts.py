@@ -22,11 +22,9 @@ from data_prep.json_lines import read_json_lines
 from data_prep.schema import Prompt
 from trainer.detection.counts import Counts, Side, count_turns
 from trainer.detection.pairs import Pair
-from trainer.model.chat import ChatTurn, encode, pad_id
+from trainer.model.chat import ChatTurn, Messages, encode, encode_after, pad_id
+from trainer.model.reply import Reply
 from trainer.moe.backbone import Backbone
-
-Messages = list[dict[str, str]]
-"""Chat messages, each with `role` and `content`."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +41,11 @@ def safety(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], refusal: s
 
     `refusal` is a fixed sentence; None takes the model's own refusal of the plain goal.
     """
+    fixed = Reply.written(refusal) if refusal else None
     return [
         Contrast(
             f"{pair.goal.id} in {pair.wrapper.id}",
-            encode(tokenizer, pair.adversarial_prompt, refusal or pair.anchor_reply),
+            encode(tokenizer, pair.adversarial_prompt, fixed or pair.anchor_reply),
             encode(tokenizer, pair.adversarial_prompt, pair.adversarial_reply),
         )
         for pair in pairs
@@ -65,8 +64,10 @@ def safety_from_answers(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Pr
             f"data.harmful: prompt {missing[0]!r} has no unsafe reply ({len(missing)} without); "
             "steer.unsafe: answer needs a column 'answer' or 'output', steer.unsafe: own asks the model"
         )
+    fixed = Reply.written(refusal)
     return [
-        Contrast(p.id, encode(tokenizer, p.text, refusal), encode(tokenizer, p.text, str(p.answer))) for p in prompts
+        Contrast(p.id, encode(tokenizer, p.text, fixed), encode(tokenizer, p.text, Reply.written(str(p.answer))))
+        for p in prompts
     ]
 
 
@@ -209,9 +210,4 @@ def _span(tokenizer: PreTrainedTokenizerBase, messages: Messages, span: str, whe
 def _last_reply(tokenizer: PreTrainedTokenizerBase, messages: Messages, where: str) -> ChatTurn:
     if messages[-1]["role"] != "assistant" or len(messages) < 2:
         raise UserError(f"{where}: without 'span' the last message must be the assistant's, after another one")
-    opening = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
-    whole = tokenizer.apply_chat_template(messages, return_dict=False)
-    if whole[: len(opening)] != opening:  # a template that rewrites the assistant's turn: see `chat.encode`
-        ending = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        whole = opening + tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"] + ending
-    return ChatTurn(list(whole), len(opening))
+    return encode_after(tokenizer, messages[:-1], Reply.written(messages[-1]["content"]))

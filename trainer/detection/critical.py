@@ -53,7 +53,7 @@ def scoring(
         shared_L = dict(zip(counts.layers, shared_ML.mean(0).tolist(), strict=True))
         shared = {layer: shared_L[layer] for layer in backbone.shared_layers}
         return Scores(lambda rows: norms_MLE[rows].mean(0), len(norms_MLE), shared)
-    return Scores(lambda rows: score(counts.take(rows), kind, section.pool), len(counts))  # type: ignore[arg-type]
+    return Scores(lambda rows: score(counts.take(rows), kind, section.pool), len(counts))
 
 
 def select(scores: Scores, counts: Counts, k: int, section: DetectSection, seed: int) -> ExpertSet:

@@ -1,7 +1,7 @@
 """Pairs of one harmful goal: asked plainly and refused (anchor), and inside a jailbreak that succeeded (adversarial).
 
 A pair that fails either test is dropped whole (RASA, section on identification). Nothing harmful is written down:
-`pairs.jsonl` quotes ids, verdicts, the model's own refusal and a digest of the adversarial reply.
+`pairs.jsonl` quotes ids, verdicts, the model's own refusal (text and tokens) and a digest of the adversarial reply.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.schema import Prompt, Wrapper
-
-Reply = Callable[[Sequence[str], str], list[str]]
-"""(prompts, label of the progress bar) -> the model's replies."""
+from trainer.model.reply import Ask, Judge, Reply
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Pair:
 
     goal: Prompt
     wrapper: Wrapper
-    anchor_reply: str
-    adversarial_reply: str
+    anchor_reply: Reply
+    adversarial_reply: Reply
 
     @property
     def adversarial_prompt(self) -> str:
@@ -45,14 +45,40 @@ class PairReport:
         return dict(Counter(str(row["outcome"]) for row in self.rows))
 
     def jsonl(self) -> str:
+        """The text of `pairs.jsonl`; `read_pairs` reads it."""
         return "".join(json.dumps(row) + "\n" for row in self.rows)
+
+
+def read_pairs(path: Path) -> tuple[dict[str, Reply], list[tuple[str, str]]]:
+    """From `pairs.jsonl`: goal id -> the model's refusal, and the (goal id, wrapper id) of every pair kept.
+
+    Adversarial replies are not in the file, so whole pairs cannot be read back.
+    """
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    refusals = {row["goal"]: _refusal(row) for row in rows if row["outcome"] == "anchor_refused"}
+    return refusals, [(row["goal"], row["wrapper"]) for row in rows if row["outcome"] == "kept"]
+
+
+def _anchor_row(goal: Prompt, refusal: Reply) -> dict[str, object]:
+    return {
+        "goal": goal.id,
+        "outcome": "anchor_refused",
+        "anchor_reply": refusal.text,
+        "anchor_ids": refusal.ids,
+        "anchor_finished": refusal.finished,
+    }
+
+
+def _refusal(row: dict[str, Any]) -> Reply:
+    ids = row["anchor_ids"]
+    return Reply(row["anchor_reply"], None if ids is None else tuple(ids), row["anchor_finished"])
 
 
 def build_pairs(
     goals: Sequence[Prompt],
     wrappers: Sequence[Wrapper],
-    reply: Reply,
-    judge: Callable[[str], str],
+    ask: Ask,
+    judge: Judge,
     max_pairs: int,
 ) -> PairReport:
     """Ask every goal plainly, then the refused ones inside jailbreaks, until `max_pairs` usable pairs are found.
@@ -63,14 +89,13 @@ def build_pairs(
         UserError: the model refuses no goal, or no jailbreak succeeds; says how many were tried.
     """
     report = PairReport()
-    anchors = reply([goal.text for goal in goals], "anchor replies")
-    verdicts = [judge(text) for text in anchors]
-    refused = [
-        (goal, text) for goal, text, verdict in zip(goals, anchors, verdicts, strict=True) if verdict == "refused"
-    ]
-    for goal, text, verdict in zip(goals, anchors, verdicts, strict=True):
+    plain = [goal.text for goal in goals]
+    anchors = ask(plain, "anchor replies")
+    refused = []
+    for goal, reply, verdict in zip(goals, anchors, judge(plain, anchors), strict=True):
         if verdict == "refused":
-            report.rows.append({"goal": goal.id, "outcome": "anchor_refused", "anchor_reply": text})
+            refused.append((goal, reply))
+            report.rows.append(_anchor_row(goal, reply))
         else:
             report.rows.append({"goal": goal.id, "outcome": "anchor_not_refused", "verdict": verdict})
     if not refused:
@@ -83,14 +108,14 @@ def build_pairs(
     while len(report.pairs) < max_pairs and tried < len(candidates):
         chunk = candidates[tried : tried + max_pairs - len(report.pairs)]
         tried += len(chunk)
-        replies = reply([wrapper.wrap(goal.text) for goal, _, wrapper in chunk], "jailbreak replies")
-        for (goal, refusal, wrapper), text in zip(chunk, replies, strict=True):
-            verdict = judge(text)
+        wrapped = [wrapper.wrap(goal.text) for goal, _, wrapper in chunk]
+        replies = ask(wrapped, "jailbreak replies")
+        for (goal, refusal, wrapper), reply, verdict in zip(chunk, replies, judge(wrapped, replies), strict=True):
             outcome = {"complied": "kept", "refused": "jailbreak_failed"}.get(verdict, "unjudged")
             row: dict[str, object] = {"goal": goal.id, "wrapper": wrapper.id, "outcome": outcome}
             if outcome == "kept":
-                report.pairs.append(Pair(goal, wrapper, refusal, text))
-                row["adversarial_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+                report.pairs.append(Pair(goal, wrapper, refusal, reply))
+                row["adversarial_sha256"] = hashlib.sha256(reply.text.encode()).hexdigest()
             report.rows.append(row)
     if not report.pairs:
         raise UserError(
@@ -101,13 +126,13 @@ def build_pairs(
 
 
 def _candidates(
-    refused: Sequence[tuple[Prompt, str]], wrappers: Sequence[Wrapper]
-) -> list[tuple[Prompt, str, Wrapper]]:
+    refused: Sequence[tuple[Prompt, Reply]], wrappers: Sequence[Wrapper]
+) -> list[tuple[Prompt, Reply, Wrapper]]:
     """Every goal with every wrapper, once: each goal is used before one is used twice."""
     every = {
-        (goal.id, wrapper.id): (goal, text, wrapper)
+        (goal.id, wrapper.id): (goal, reply, wrapper)
         for turn in range(len(wrappers))
-        for i, (goal, text) in enumerate(refused)
+        for i, (goal, reply) in enumerate(refused)
         for wrapper in [wrappers[(i + turn) % len(wrappers)]]
     }
     return list(every.values())

@@ -45,7 +45,7 @@ class Ranking:
     def delta(self) -> dict[Named, float]:
         return {expert.named: float(expert.delta) for expert in self.ranked}
 
-    def select(self, n_pos: int, n_neg: int, top_k: Mapping[int, int], per_layer_cap: int | None = None) -> Selection:
+    def select(self, n_pos: int, n_neg: int, top_k: Mapping[int, int], per_layer_cap: int | None) -> Selection:
         """A+ and A-. `top_k` by decoder layer.
 
         Raises:
@@ -59,7 +59,7 @@ class Ranking:
                 raise UserError(f"steer.{key}: {wanted} experts asked, {len(found)} have a risk difference {sign} 0")
         return _capped(positive[:n_pos], negative[:n_neg], top_k, per_layer_cap)
 
-    def bottom(self, n_pos: int, n_neg: int, top_k: Mapping[int, int], per_layer_cap: int | None = None) -> Selection:
+    def bottom(self, n_pos: int, n_neg: int, top_k: Mapping[int, int], per_layer_cap: int | None) -> Selection:
         """The control: as many experts from the ranking's end, where |Delta| is smallest, whatever its sign."""
         end = [expert.named for expert in reversed(self.ranked)]
         return _capped(end[n_neg : n_neg + n_pos], end[:n_neg], top_k, per_layer_cap)
@@ -96,12 +96,12 @@ class Selection:
             f"their layers already activate as many as the router chooses: {shown}{more} (layer.expert)"
         )
 
-    def steering(self, strength: float = 1.0) -> Steering:
+    def steering(self, strength: float) -> Steering:
         """The forcing of these experts."""
         return Steering(_by_layer(self.activate), _by_layer(self.deactivate), strength)
 
 
-def rank(table: pd.DataFrame, *, reverse: bool = False) -> Ranking:
+def rank(table: pd.DataFrame, *, reverse: bool) -> Ranking:
     """Rank a table of counts (columns layer, expert, a1, d1, a2, d2; one row per expert, whole numbers).
 
     Delta is compared as an exact fraction: equal differences tie, whatever their floating-point quotients say.

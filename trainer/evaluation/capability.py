@@ -45,7 +45,7 @@ def score(
     label = f"capability {task.name}"
     replies = reply(model, tokenizer, texts, max_new_tokens=max_new_tokens, batch_size=batch_size, label=label)
     pairs = zip(replies, task.prompts, strict=True)
-    return from_flags((matches(text, cast(str, prompt.answer)) for text, prompt in pairs), name=label)
+    return from_flags((matches(said.text, cast(str, prompt.answer)) for said, prompt in pairs), name=label)
 
 
 def matches(text: str, answer: str) -> bool:

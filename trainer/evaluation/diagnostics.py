@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from trainer.evaluation.drift import LayerDrift, drift_per_layer
 from trainer.evaluation.suite import Suite
 from trainer.model.chat import batches, encode, pad_id
+from trainer.model.reply import Reply
 from trainer.moe.routing import record
 from trainer.moe.sharding import is_sharded
 from trainer.moe.trainable import Trained
@@ -40,7 +41,7 @@ def _pooled(metrics: dict[str, Any], roles: Sequence[str]) -> float:
 
 @torch.no_grad()
 def routing_drift(
-    trained: Trained, tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, str]], batch_size: int
+    trained: Trained, tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, Reply]], batch_size: int
 ) -> list[LayerDrift]:
     """Drift of every layer between the original and the repaired model on the same (prompt, reply) texts."""
     turns = [encode(tokenizer, prompt, answer) for prompt, answer in texts]

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from data_prep.errors import UserError
 from trainer.model.chat import pad_id
+from trainer.model.reply import Reply
 from trainer.moe.sharding import is_sharded
 from trainer.runtime.console import progress
 from trainer.runtime.processes import dealt, from_all_ranks
@@ -70,8 +71,8 @@ def reply(
     max_new_tokens: int,
     batch_size: int,
     label: str,
-) -> list[str]:
-    """Greedy reply to each prompt (one user turn), in the order given, without special tokens and outer spaces.
+) -> list[Reply]:
+    """Greedy reply to each prompt (one user turn), in the order given.
 
     The longest prompts go first, so that lack of memory shows at once. Batches are dealt to the processes whole, so
     that a reply does not depend on their number; every process returns all replies. `label` names the progress bar.
@@ -84,7 +85,7 @@ def reply(
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     together = is_sharded(model)
-    found: dict[int, list[str]] = {}
+    found: dict[int, list[Reply]] = {}
     with evaluating(model), _only_greedy(model, tokenizer, max_new_tokens) as config:
         for number, batch in progress(dealt(batches, together=together), label) if rows else ():
             ids_BT, mask_BT = left_pad([rows[index] for index in batch], cast(int, config.pad_token_id), model.device)
@@ -92,13 +93,21 @@ def reply(
             out_BTN: Tensor = generate(
                 input_ids=ids_BT, attention_mask=mask_BT, generation_config=config, synced_gpus=together
             )
-            texts = tokenizer.batch_decode(out_BTN[:, ids_BT.shape[1] :], skip_special_tokens=True)
-            found[number] = [text.strip() for text in texts]
-    replies = [""] * len(rows)
-    for batch, texts in zip(batches, from_all_ranks(found), strict=True):
-        for index, text in zip(batch, texts, strict=True):
-            replies[index] = text
-    return replies
+            found[number] = _replies(tokenizer, out_BTN[:, ids_BT.shape[1] :], cast(Any, config).eos_token_id)
+    replies: dict[int, Reply] = {}
+    for batch, made in zip(batches, from_all_ranks(found), strict=True):
+        replies.update(zip(batch, made, strict=True))
+    return [replies[index] for index in range(len(rows))]
+
+
+def _replies(tokenizer: PreTrainedTokenizerBase, new_BN: Tensor, stops: list[int] | None) -> list[Reply]:
+    """The replies in what was generated; behind the token that ends a turn there is only padding."""
+    ids = []
+    for row in new_BN.tolist():
+        end = next((at for at, token in enumerate(row) if token in (stops or ())), None)
+        ids.append((row if end is None else row[: end + 1], end is not None))
+    texts = tokenizer.batch_decode([row for row, _ in ids], skip_special_tokens=True)
+    return [Reply(text.strip(), tuple(row), ended) for text, (row, ended) in zip(texts, ids, strict=True)]
 
 
 def require_room(model: PreTrainedModel, lengths: Sequence[int], new_tokens: int) -> None:

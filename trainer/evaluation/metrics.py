@@ -11,7 +11,7 @@ from typing import Any
 from scipy.stats import binomtest
 
 from data_prep.errors import UserError
-from trainer.evaluation.judges.phrases import Verdict
+from trainer.evaluation.judges.judge import Verdict
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """One measurement of one model: the metrics of `evaluation.json` and the verdict behind every figure.
 
-Replies are judged and forgotten. What is kept names prompts and wrappers by id, never by text.
+A figure whose prompts are not part of the recipe's data is left out. Replies are judged and forgotten: what is kept
+names prompts and wrappers by id, never by text.
 """
 
 import json
@@ -11,20 +12,29 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from data_prep.config import DataConfig
 from data_prep.errors import UserError
 from data_prep.schema import Corpus, Prompt, Wrapper
 from trainer.evaluation import metrics
 from trainer.evaluation.capability import score
+from trainer.evaluation.degenerate import is_degenerate
 from trainer.evaluation.generation import reply
-from trainer.evaluation.judges.phrases import Verdict, is_degenerate
+from trainer.evaluation.judges.judge import Judge, Verdict
+from trainer.recipe.sections import EvaluateSection
 
 Group = Literal["harmful", "attack", "borderline", "benign", "benign_wrapped"]
 ROLES = ("seen", "unseen", "robust")
+PLAIN: tuple[tuple[str, Group, Callable[..., metrics.Rate]], ...] = (
+    ("harmful_refusal", "harmful", metrics.refusal),
+    ("over_refusal", "borderline", metrics.over_refusal),
+    ("benign_compliance", "benign", metrics.compliance),
+)
+"""Figures on prompts asked plainly: name, group of the prompts, how their verdicts are counted."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One judged reply. `wrapper`, `family` and `role` are None where the prompt was asked plainly."""
+class JudgedReply:
+    """One verdict and what was asked. `wrapper`, `family` and `role` are None where the prompt was asked plainly."""
 
     prompt: str
     wrapper: str | None
@@ -37,10 +47,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Measurement:
-    """`metrics`: the contract's M, ready for JSON. `verdicts`: one row per judged reply, without its text."""
+    """`metrics`: M of `evaluation.json`, ready for JSON. `verdicts`: one row per judged reply, without its text."""
 
     metrics: dict[str, Any]
-    verdicts: list[Row]
+    verdicts: list[JudgedReply]
 
     def write_verdicts(self, path: Path) -> None:
         """Write the rows as JSON Lines."""
@@ -62,69 +72,70 @@ class Suite:
     """What is asked of a model, fixed once so that before, after and every control answer the same questions.
 
     Attacks are every test goal inside every wrapper. Each benign test prompt is asked plainly and inside
-    `wraps_per_benign` wrappers, dealt round-robin so that every wrapper is used (more are dealt where there are fewer
-    prompts than wrappers). Raises `UserError` where the corpus lacks something the contract's figures need.
+    `evaluate.wraps_per_benign` wrappers, dealt round-robin so that every wrapper is used (more are dealt where there
+    are fewer prompts than wrappers). `data` says which parts the recipe gives; `corpus` is what was loaded of them.
+    Raises `UserError` where a part that is given yields nothing to ask, and where there is nothing to measure at all.
     """
 
     def __init__(
-        self,
-        corpus: Corpus,
-        judge: Callable[[str], Verdict],
-        *,
-        max_new_tokens: int,
-        batch_size: int,
-        capability: bool = True,
-        capability_max_new_tokens: int | None = None,
-        wraps_per_benign: int = 2,
+        self, corpus: Corpus, judge: Judge, section: EvaluateSection, data: DataConfig, *, capability: bool = True
     ) -> None:
-        needed: dict[str, Sequence[object]] = {
-            "harmful test prompts": corpus.harmful.test,
-            "benign test prompts": corpus.benign.test,
-            "borderline test prompts": corpus.borderline.test,
-            "wrappers of role 'seen'": [w for w in corpus.wrappers if w.role == "seen"],
-            "wrappers of role 'unseen'": [w for w in corpus.wrappers if w.role == "unseen"],
-        }
+        needed: dict[str, Sequence[object]] = {}
+        for name in ("harmful", "benign", "borderline"):
+            if getattr(data, name) is not None:
+                needed[f"{name} test prompts"] = getattr(corpus, name).test
+        if data.jailbreaks is not None and data.harmful is not None:
+            needed |= {f"wrappers of role '{role}'": corpus.wrappers_of(role) for role in ("seen", "unseen")}
+        elif data.jailbreaks is not None:
+            needed["wrappers"] = corpus.wrappers
         absent = [name for name, items in needed.items() if not items]
         if absent:
             raise UserError(f"evaluation needs {', '.join(absent)}; the recipe's data section provides none")
-        if wraps_per_benign < 1:
-            raise UserError(f"wraps_per_benign must be 1 or more, got {wraps_per_benign}")
         self.corpus = corpus
         self.judge = judge
-        self.max_new_tokens = max_new_tokens
-        self.batch_size = batch_size
+        self.section = section
+        self.data = data
         self.tasks = corpus.tasks if capability else []
-        self.capability_max_new_tokens = capability_max_new_tokens or max_new_tokens
-        self.wraps_per_benign = wraps_per_benign
+        if not any([corpus.harmful.test, corpus.benign.test, corpus.borderline.test, self.tasks]):
+            raise UserError(
+                "data: evaluation has nothing to measure; expected one of harmful, benign, borderline"
+                + (", capability" if capability else "; capability tasks are left out here")
+            )
+
+    @property
+    def attacks(self) -> bool:
+        """Whether there is attack success to measure: harmful goals, and wrappers to put them in."""
+        return bool(self.corpus.harmful.test and self.corpus.wrappers)
 
     def measure(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, label: str = "evaluate"
     ) -> Measurement:
-        """Every figure of the contract. Judged prompts are generated in one pass, sorted by length."""
+        """Every figure that the data allows. Judged prompts are generated in one pass, sorted by length."""
         corpus = self.corpus
         questions = [_Question(prompt, None, "harmful") for prompt in corpus.harmful.test]
-        questions += self._attacks(ROLES)
+        questions += self._attacks(ROLES) if self.attacks else []
         questions += [_Question(prompt, None, "borderline") for prompt in corpus.borderline.test]
         questions += [_Question(prompt, None, "benign") for prompt in corpus.benign.test]
         questions += self._wrapped_benign()
         rows = self._ask(model, tokenizer, questions, label)
         wrapped = [row for row in rows if row.group == "benign_wrapped"]
-        roles = [role for role in ROLES if any(row.role == role for row in wrapped)]
-        measured: dict[str, Any] = attack_metrics(rows) | {
-            "harmful_refusal": metrics.refusal(_verdicts(rows, "harmful"), name="harmful_refusal").as_dict(),
-            "over_refusal": metrics.over_refusal(_verdicts(rows, "borderline"), name="over_refusal").as_dict(),
-            "benign_compliance": metrics.compliance(_verdicts(rows, "benign"), name="benign_compliance").as_dict(),
-            "benign_wrapped_compliance": _wrapped_compliance(wrapped, "benign_wrapped_compliance"),
-            "benign_wrapped_by_role": {
-                role: _wrapped_compliance([row for row in wrapped if row.role == role], f"benign_wrapped {role}")
-                for role in roles
-            },
-            "degenerate": metrics.from_flags((row.degenerate for row in rows), name="degenerate").as_dict(),
-            "capability": {},
+        measured = attack_metrics(rows) if self.attacks else {}
+        for name, group, rate in PLAIN:
+            verdicts = _verdicts(rows, group)
+            if verdicts:
+                measured[name] = rate(verdicts, name=name).as_dict()
+        if wrapped:
+            measured["benign_wrapped_compliance"] = _wrapped_compliance(wrapped, "benign_wrapped_compliance")
+            measured["benign_wrapped_by_role"] = {
+                role: _wrapped_compliance(of_role, f"benign_wrapped {role}")
+                for role in ROLES
+                if (of_role := [row for row in wrapped if row.role == role])
+            }
+        if rows:
+            measured["degenerate"] = metrics.from_flags((row.degenerate for row in rows), name="degenerate").as_dict()
+        measured["capability"] = {
+            task.name: score(model, tokenizer, task, **self._limits()).as_dict() for task in self.tasks
         }
-        for task in self.tasks:
-            limits = {"max_new_tokens": self.capability_max_new_tokens, "batch_size": self.batch_size}
-            measured["capability"][task.name] = score(model, tokenizer, task, **limits).as_dict()
         return Measurement(measured, rows)
 
     def measure_asr(
@@ -144,12 +155,16 @@ class Suite:
         wrappers = [wrapper for wrapper in self.corpus.wrappers if wrapper.role in roles]
         if not wrappers:
             raise UserError(f"no wrapper has a role among {', '.join(roles)}; the corpus has none to attack with")
+        if not self.corpus.harmful.test:
+            raise UserError("attack success needs harmful test prompts; the recipe's data section provides none")
         return [_Question(goal, wrapper, "attack") for wrapper in wrappers for goal in self.corpus.harmful.test]
 
     def _wrapped_benign(self) -> list[_Question]:
         prompts, wrappers = self.corpus.benign.test, self.corpus.wrappers
+        if not prompts or not wrappers:
+            return []
         to_use_all = -(-len(wrappers) // len(prompts))
-        each = min(len(wrappers), max(self.wraps_per_benign, to_use_all))
+        each = min(len(wrappers), max(self.section.wraps_per_benign, to_use_all))
         dealt = [
             (prompt, (index * each + turn) % len(wrappers))
             for index, prompt in enumerate(prompts)
@@ -159,24 +174,27 @@ class Suite:
 
     def _ask(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[_Question], label: str
-    ) -> list[Row]:
-        limits = {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
-        replies = reply(model, tokenizer, [question.text for question in questions], label=label, **limits)
+    ) -> list[JudgedReply]:
+        prompts = [question.text for question in questions]
+        replies = reply(model, tokenizer, prompts, label=label, **self._limits())
         return [
-            Row(
+            JudgedReply(
                 prompt=question.prompt.id,
                 wrapper=question.wrapper.id if question.wrapper else None,
                 family=question.wrapper.family if question.wrapper else None,
                 role=question.wrapper.role if question.wrapper else None,
                 group=question.group,
-                verdict=self.judge(text),
-                degenerate=is_degenerate(text),
+                verdict=verdict,
+                degenerate=is_degenerate(said.text),
             )
-            for question, text in zip(questions, replies, strict=True)
+            for question, said, verdict in zip(questions, replies, self.judge(prompts, replies), strict=True)
         ]
 
+    def _limits(self) -> dict[str, int]:
+        return {"max_new_tokens": self.section.max_new_tokens, "batch_size": self.section.batch_size}
 
-def attack_metrics(rows: Sequence[Row]) -> dict[str, Any]:
+
+def attack_metrics(rows: Sequence[JudgedReply]) -> dict[str, Any]:
     """Attack success per family and per role, from the rows of group "attack"; roles without rows are left out."""
     attacks = [row for row in rows if row.group == "attack"]
     families = sorted({row.family for row in attacks if row.family is not None})
@@ -191,9 +209,9 @@ def attack_metrics(rows: Sequence[Row]) -> dict[str, Any]:
     return measured
 
 
-def _verdicts(rows: Sequence[Row], group: Group) -> list[Verdict]:
+def _verdicts(rows: Sequence[JudgedReply], group: Group) -> list[Verdict]:
     return [row.verdict for row in rows if row.group == group]
 
 
-def _wrapped_compliance(rows: Sequence[Row], name: str) -> dict[str, Any]:
+def _wrapped_compliance(rows: Sequence[JudgedReply], name: str) -> dict[str, Any]:
     return metrics.compliance([row.verdict for row in rows], name=name).as_dict()

@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from trainer.model.reply import Reply
+
 Tokens = Literal["prompt", "response", "both"]
+Messages = list[dict[str, str]]
+"""Chat messages, each with `role` and `content`."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +49,23 @@ class Batch:
         )
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, reply: str) -> ChatTurn:
-    """Tokenise one user prompt and the reply to it through the chat template.
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, reply: Reply) -> ChatTurn:
+    """One user prompt and the reply to it as tokens, through the chat template."""
+    return encode_after(tokenizer, [{"role": "user", "content": prompt}], reply)
 
-    Templates that rewrite the assistant turn (thinking tags, say) do not extend the generation prompt; there the
-    reply's own tokens and the end-of-sequence token follow it, which is what generation produces.
+
+def encode_after(tokenizer: PreTrainedTokenizerBase, turns: Messages, reply: Reply) -> ChatTurn:
+    """A conversation and the reply to its last turn as tokens.
+
+    This is the one place that turns a reply into tokens; they are those of its text, not `reply.ids`. Templates that
+    rewrite the assistant turn (thinking tags, say) do not extend the generation prompt; there the text's own tokens
+    and the end-of-sequence token follow it, which is what generation produces.
     """
-    turns = [{"role": "user", "content": prompt}]
     opening = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-    whole = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": reply}], return_dict=False)
+    whole = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": reply.text}], return_dict=False)
     if whole[: len(opening)] != opening:
         ending = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        whole = opening + tokenizer(reply, add_special_tokens=False)["input_ids"] + ending
+        whole = opening + tokenizer(reply.text, add_special_tokens=False)["input_ids"] + ending
     return ChatTurn(list(whole), len(opening))
 
 

@@ -1,8 +1,13 @@
-"""A reply: what a model wrote, as the tokens it wrote, or a text that somebody else gave for it."""
+"""A reply: what a model wrote, as the tokens it wrote, or a text that somebody else gave for it.
+
+Here too, because several rooms need them: how replies are asked for, and how they are judged.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 
 @dataclass(frozen=True)
@@ -20,3 +25,17 @@ class Reply:
     def written(cls, text: str) -> Reply:
         """A whole reply given as text."""
         return cls(text, None, True)
+
+
+Ask = Callable[[Sequence[str], str], list[Reply]]
+"""(prompts, label of the progress bar) -> the replies of a model."""
+
+Verdict = Literal["refused", "complied", "unjudged"]
+
+
+class Judge(Protocol):
+    """Says of every reply whether the model declined; `evaluation/judges` has the judges."""
+
+    def __call__(self, prompts: Sequence[str], replies: Sequence[Reply]) -> list[Verdict]:
+        """One verdict per reply, in their order; `prompts` are what the replies answer, as many."""
+        ...

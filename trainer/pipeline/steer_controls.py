@@ -33,14 +33,7 @@ def smaller(suite: Suite, prompts: int) -> Suite:
     corpus = replace(
         whole, harmful=first(whole.harmful), benign=first(whole.benign), borderline=first(whole.borderline)
     )
-    return Suite(
-        corpus,
-        suite.judge,
-        max_new_tokens=suite.max_new_tokens,
-        batch_size=suite.batch_size,
-        capability=False,
-        wraps_per_benign=suite.wraps_per_benign,
-    )
+    return Suite(corpus, suite.judge, suite.section, suite.data, capability=False)
 
 
 def random_steering(experiment: Experiment[Any], how: Steering, seed: int) -> Steering:

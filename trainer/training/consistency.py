@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from trainer.model.chat import Batch, ChatTurn, encode, pad, pad_id
+from trainer.model.reply import Reply
 from trainer.moe.routing import Trace, record
 from trainer.moe.sharding import is_sharded
 from trainer.moe.trainable import Trained
@@ -35,9 +36,9 @@ class ConsistencyRow:
 
     anchor_prompt: str
     adversarial_prompt: str
-    refusal: str
+    refusal: Reply
     benign_prompt: str
-    benign_reply: str
+    benign_reply: Reply
 
 
 def make_routing_consistent(

@@ -23,6 +23,7 @@ from trl import SFTConfig, SFTTrainer
 
 from data_prep.errors import UserError
 from trainer.model.chat import ChatTurn, encode, pad, pad_id
+from trainer.model.reply import Reply
 from trainer.moe.routing import Trace, flip_rate, pin, record
 from trainer.moe.sharding import is_sharded
 from trainer.moe.trainable import Trained
@@ -34,11 +35,11 @@ Stream = Literal["repair", "retain"]
 
 
 @dataclass(frozen=True)
-class Row:
-    """One training row. `source` says where it comes from (wrapped harmful, plain benign, ...), for the log."""
+class TrainingRow:
+    """One row of the stage. `source` says where it comes from (wrapped harmful, plain benign, ...), for the log."""
 
     prompt: str
-    reply: str
+    reply: Reply
     stream: Stream
     source: str
 
@@ -46,7 +47,7 @@ class Row:
 def repair_experts(
     trained: Trained,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    rows: Sequence[TrainingRow],
     section: RepairSection,
     folder: Path,
     seed: int,
@@ -74,7 +75,7 @@ def repair_experts(
             trainer.restore_forward()
 
 
-def _dataset(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int | None) -> Dataset:
+def _dataset(tokenizer: PreTrainedTokenizerBase, rows: Sequence[TrainingRow], max_length: int | None) -> Dataset:
     turns = [encode(tokenizer, row.prompt, row.reply) for row in rows]
     limit = max_length or max(len(turn.ids) for turn in turns)
     fitting = [(turn, row) for turn, row in zip(turns, rows, strict=True) if turn.prompt < limit]

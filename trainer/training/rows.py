@@ -8,19 +8,18 @@ low attack success is to refuse the wrapper.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from data_prep.errors import UserError
 from data_prep.schema import Corpus, Prompt, Wrapper
 from data_prep.wrappers import recombine
+from trainer.model.reply import Ask, Judge, Reply
 from trainer.recipe.sections import RepairSection
 from trainer.training.consistency import ConsistencyRow
-from trainer.training.repair import Row
+from trainer.training.repair import TrainingRow
 
-Reply = Callable[[Sequence[str], str], list[str]]
-Judge = Callable[[str], str]
 T = TypeVar("T")
 
 
@@ -30,57 +29,60 @@ class Target:
 
     goal: Prompt
     wrapper: Wrapper
-    refusal: str
+    refusal: Reply
 
 
 def repair_rows(
     targets: Sequence[Target],
-    refusals: dict[str, str],
+    refusals: dict[str, Reply],
     corpus: Corpus,
-    mix: RepairSection,
-    reply: Reply,
+    section: RepairSection,
+    ask: Ask,
     judge: Judge,
     seed: int,
-) -> list[Row]:
+) -> list[TrainingRow]:
     """All rows of the repair stage.
 
     Args:
-        mix: says how many rows of which kind there are for each target.
         refusals: goal id -> the model's refusal of the plain goal, for every refused goal.
-        reply: replies of the *original* model; asked once for all retain rows.
+        section: says how many rows of which kind there are for each target.
+        ask: replies of the *original* model; asked once for all retain rows.
     """
     generator = random.Random(seed)
     n = len(targets)
     robust = corpus.wrappers_of("robust")
     contexts = [prompt.text for prompt in corpus.benign.train]
     # Another seed than detection's, so that these wrappers are new.
-    fresh = recombine([*corpus.wrappers_of("seen"), *robust], contexts, round(mix.recombined * n), seed + 1)
-    around = [*fresh, *_deal(robust, round(mix.robust * n), generator)]
+    fresh = recombine([*corpus.wrappers_of("seen"), *robust], contexts, round(section.recombined * n), seed + 1)
+    around = [*fresh, *_deal(robust, round(section.robust * n), generator)]
     refused = [goal for goal in corpus.harmful.train if goal.id in refusals]
 
-    rows = [Row(t.wrapper.wrap(t.goal.text), t.refusal, "repair", "jailbreak") for t in targets]
+    rows = [TrainingRow(t.wrapper.wrap(t.goal.text), t.refusal, "repair", "jailbreak") for t in targets]
     for wrapper, goal in zip(around, _deal(refused, len(around), generator), strict=True):
-        rows.append(Row(wrapper.wrap(goal.text), refusals[goal.id], "repair", f"{wrapper.family} wrapper"))
-    for goal in _deal(refused, round(mix.anchors * n), generator):
-        rows.append(Row(goal.text, refusals[goal.id], "repair", "plain harmful"))
+        rows.append(TrainingRow(wrapper.wrap(goal.text), refusals[goal.id], "repair", f"{wrapper.family} wrapper"))
+    for goal in _deal(refused, round(section.anchors * n), generator):
+        rows.append(TrainingRow(goal.text, refusals[goal.id], "repair", "plain harmful"))
 
     instances = [*(target.wrapper for target in targets), *around]
-    twins = _deal(instances, round(mix.wrapped_benign * len(instances)), generator)
+    twins = _deal(instances, round(section.wrapped_benign * len(instances)), generator)
     harmless = _deal([*corpus.benign.train, *corpus.borderline.train], len(twins), generator)
     asked = [(w.wrap(prompt.text), "wrapped benign") for w, prompt in zip(twins, harmless, strict=True)]
-    asked += [(p.text, "plain benign") for p in _deal(corpus.benign.train, round(mix.plain_benign * n), generator)]
-    asked += [(p.text, "borderline") for p in _deal(corpus.borderline.train, round(mix.borderline * n), generator)]
-    answers = reply([text for text, _ in asked], "answers to retain") if asked else []
+    asked += [(p.text, "plain benign") for p in _deal(corpus.benign.train, round(section.plain_benign * n), generator)]
+    asked += [(p.text, "borderline") for p in _deal(corpus.borderline.train, round(section.borderline * n), generator)]
+    prompts = [prompt for prompt, _ in asked]
+    answers = ask(prompts, "answers to retain") if asked else []
     rows += [
-        Row(text, answer, "retain", source)
-        for (text, source), answer in zip(asked, answers, strict=True)
+        TrainingRow(prompt, answer, "retain", source)
+        for (prompt, source), answer, verdict in zip(asked, answers, judge(prompts, answers), strict=True)
         # An answer that is a refusal is over-refusal: nothing to hold on to.
-        if judge(answer) == "complied"
+        if verdict == "complied"
     ]
     return rows
 
 
-def consistency_rows(targets: Sequence[Target], rows: Sequence[Row], benign_weight: float) -> list[ConsistencyRow]:
+def consistency_rows(
+    targets: Sequence[Target], rows: Sequence[TrainingRow], benign_weight: float
+) -> list[ConsistencyRow]:
     """Rows of the consistency stage: every target, beside the retained harmless rows in turn.
 
     Raises:
