@@ -91,6 +91,8 @@ def sweep(
     """The settings of `steer.sweep`, each ungated and, with a gate, gated: safety, over-refusal, fluency."""
 
     def make() -> list[dict[str, Any]]:
+        if not _settings(section):
+            return []
         suite = smaller(experiment.suite, section.sweep.prompts)
         prompts = [prompt.text for prompt in suite.corpus.benign.test]
         found = []

@@ -34,9 +34,10 @@ def steered_replies(
     file = read(experts, backbone, model)
     how = file.steering if strength is None else replace(file.steering, strength=strength)
     with steer(backbone, how, file.gate):
-        return reply(
+        replies = reply(
             loaded, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=BATCH, label="steered replies"
         )
+    return [found.text for found in replies]
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -45,7 +45,7 @@ class Steermoe:
                 ungated = measure(experiment, "evaluate-ungated", [found])
         diagnostics = diagnose(experiment, found.value, [after])
         diagnostics["steering"]["ungated"] = ungated.value
-        if recipe.evaluate.random_control:
+        if recipe.evaluate.random_control and experiment.suite.attacks:
             diagnostics |= controls(experiment, recipe.steer, found.value.ranking, how, [found])
         tried = sweep(experiment, recipe.steer, recipe.detect, found.value.ranking, gate, [found])
         diagnostics["steering"]["sweep"] = tried
