@@ -15,6 +15,7 @@ from trainer.model.load import skeleton
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet, Member
 from trainer.moe.footprint import Footprint
+from trainer.recipe.sections import ExportSection
 from trainer.release.export import save_checkpoint
 from trainer.release.patch import About, write_patch
 
@@ -55,9 +56,9 @@ def repaired(tmp_path: Path) -> Repaired:
         family: str = "olmoe", *, dtype: torch.dtype = torch.float32, shards: str = "5GB", base_shards: str = "5GB"
     ) -> tuple[Path, Path, Footprint]:
         model = tiny_model(family, dtype=dtype)
-        save_checkpoint(model, tiny_tokenizer(), tmp_path / "base", max_shard_size=base_shards)
+        save_checkpoint(model, tiny_tokenizer(), tmp_path / "base", ExportSection(max_shard_size=base_shards))
         experts = change(model, [(0, 1), (2, 7)])
-        save_checkpoint(model, tiny_tokenizer(), tmp_path / "exported", max_shard_size=shards)
+        save_checkpoint(model, tiny_tokenizer(), tmp_path / "exported", ExportSection(max_shard_size=shards))
         return tmp_path / "base", tmp_path / "exported", allowed(model, experts)
 
     return made

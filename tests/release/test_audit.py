@@ -18,6 +18,7 @@ from trainer.model.load import read_model
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet, Member
 from trainer.moe.footprint import Footprint
+from trainer.recipe.sections import ExportSection
 from trainer.release.audit import audit_files, reload_check
 from trainer.release.export import save_checkpoint
 from trainer.release.places import Places
@@ -28,11 +29,11 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
 def test_the_audit_names_the_very_expert_that_moved_in_every_family(family: Family, tmp_path: Path) -> None:
     model = family.build()
-    save_checkpoint(model, tiny_tokenizer(), tmp_path / "base", max_shard_size="20KB")
+    save_checkpoint(model, tiny_tokenizer(), tmp_path / "base", ExportSection(max_shard_size="20KB"))
     backbone = Backbone.of(model)
     pairs = [(backbone.layers[0].index, 5), (backbone.layers[-1].index, 2)]
     experts = change(model, pairs)
-    save_checkpoint(model, tiny_tokenizer(), tmp_path / "model", max_shard_size="30KB")
+    save_checkpoint(model, tiny_tokenizer(), tmp_path / "model", ExportSection(max_shard_size="30KB"))
     audit = audit_files(tmp_path / "base", tmp_path / "model", allowed(model, experts))
     assert (audit["compared"], audit["untouched_identical"], audit["not_exported"]) == ("files", True, [])
     assert (audit["experts_changed"], audit["experts_total"]) == (2, backbone.total_experts)

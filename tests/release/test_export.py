@@ -15,19 +15,9 @@ from tests.moe.families import FAMILIES, Family
 from tests.release.conftest import allowed, change
 from tests.tiny import tiny_model, tiny_tokenizer
 from trainer.model.weight_files import CheckpointFiles
+from trainer.recipe.sections import ExportSection
 from trainer.release.audit import audit_files
 from trainer.release.export import save_checkpoint
-
-
-def test_gathered_weights_are_written_in_place_of_the_models_own(tmp_path: Path) -> None:
-    model = tiny_model("olmoe")
-    gathered = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    save_checkpoint(model, tiny_tokenizer(), tmp_path / "whole")
-    for parameter in model.parameters():
-        parameter.data.zero_()  # as good as a rank's own part
-    save_checkpoint(model, tiny_tokenizer(), tmp_path / "gathered", state_dict=gathered)
-    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "gathered")]
-    assert files[0] == files[1]
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
@@ -37,7 +27,7 @@ def test_the_weights_are_those_that_transformers_would_write(family: Family, tmp
     save_checkpoint(model, tiny_tokenizer(), tmp_path / "ours")
     for path in (tmp_path / "theirs").iterdir():
         assert (tmp_path / "ours" / path.name).read_bytes() == path.read_bytes(), path.name
-    save_checkpoint(model, tiny_tokenizer(), tmp_path / "shards", max_shard_size="60KB")
+    save_checkpoint(model, tiny_tokenizer(), tmp_path / "shards", ExportSection(max_shard_size="60KB"))
     with CheckpointFiles(tmp_path / "ours") as whole, CheckpointFiles(tmp_path / "shards") as shards:
         assert whole.file_of.keys() == shards.file_of.keys() and shards.index is not None
         tensors = {name: shards.tensor(name) for name in shards.file_of}
@@ -67,7 +57,7 @@ def test_a_tied_head_is_written_once(tied: bool, tmp_path: Path) -> None:
 
 
 def test_a_large_checkpoint_is_cut_into_shards(tmp_path: Path) -> None:
-    save_checkpoint(tiny_model(), tiny_tokenizer(), tmp_path / "model", max_shard_size="50KB")
+    save_checkpoint(tiny_model(), tiny_tokenizer(), tmp_path / "model", ExportSection(max_shard_size="50KB"))
     index = json.loads((tmp_path / "model/model.safetensors.index.json").read_text())
     shards = sorted(path.name for path in (tmp_path / "model").glob("*.safetensors"))
     assert len(shards) > 3 and sorted(set(index["weight_map"].values())) == shards
@@ -92,6 +82,7 @@ PEAK = """
 import sys, threading, time, pathlib, torch, psutil
 from transformers import OlmoeConfig, OlmoeForCausalLM
 from tests.tiny import tiny_tokenizer
+from trainer.recipe.sections import ExportSection
 from trainer.moe.footprint import Footprint
 from trainer.release.audit import audit_files
 from trainer.release.export import save_checkpoint
@@ -99,8 +90,8 @@ folder = pathlib.Path(sys.argv[1])
 config = OlmoeConfig(hidden_size=256, intermediate_size=512, num_experts=24, num_hidden_layers=8, vocab_size=512,
                      num_attention_heads=4, num_key_value_heads=4, pad_token_id=0, eos_token_id=1)
 model = OlmoeForCausalLM(config)
-tokenizer = tiny_tokenizer()
-save_checkpoint(model, tokenizer, folder / "small", max_shard_size="50MB")  # what the libraries load on first use
+tokenizer, small = tiny_tokenizer(), ExportSection(max_shard_size="50MB")
+save_checkpoint(model, tokenizer, folder / "small", small)  # what the libraries load on first use
 def used(): return psutil.Process().memory_info().rss
 def peak_of(task):
     peak, done = [0], []
@@ -111,7 +102,7 @@ def peak_of(task):
     task(); done.append(True); thread.join()
     return peak[0] - start
 print(sum(p.numel() for p in model.parameters()) * 4)
-print(peak_of(lambda: save_checkpoint(model, tokenizer, folder / "model", max_shard_size="50MB")))
+print(peak_of(lambda: save_checkpoint(model, tokenizer, folder / "model", small)))
 everything = Footprint.everything(model)
 del model
 print(peak_of(lambda: audit_files(folder / "small", folder / "model", everything)))

@@ -22,6 +22,7 @@ from trainer.cli.app import main
 from trainer.methods.table import load_recipe, recipe_of
 from trainer.moe.expert_set import ExpertSet
 from trainer.pipeline.push import push
+from trainer.recipe.sections import ExportSection
 from trainer.release.audit import audit_files
 from trainer.release.export import save_checkpoint
 from trainer.release.patch import apply_patch, write_patch
@@ -34,11 +35,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     """A finished run of a tiny model, with real checkpoint, patch and audit, and the figures of a good repair."""
     folder = tmp_path_factory.mktemp("machine")
     model = tiny_model()
-    save_checkpoint(model, tiny_tokenizer(), folder / "tiny-base", max_shard_size="60KB")
+    save_checkpoint(model, tiny_tokenizer(), folder / "tiny-base", ExportSection(max_shard_size="60KB"))
     (folder / "tiny-base/README.md").write_text("---\nlicense: apache-2.0\n---\n# Tiny\n")
     run = made(folder / "runs/demo-run")
     experts = change(model, [(0, 1), (2, 7)])
-    save_checkpoint(model, tiny_tokenizer(), run / "model", max_shard_size="60KB")
+    save_checkpoint(model, tiny_tokenizer(), run / "model", ExportSection(max_shard_size="60KB"))
     tree = load_recipe(root / "recipes/organism/rasa.yaml").tree()
     tree["model"]["name_or_path"] = str(folder / "tiny-base")
     tree["run"]["output_dir"] = str(folder / "runs")

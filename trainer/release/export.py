@@ -16,6 +16,7 @@ from transformers.core_model_loading import dot_natural_key, revert_weight_conve
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from trainer.model.weight_files import INDEX, SINGLE
+from trainer.recipe.sections import ExportSection
 from trainer.runtime.files import tensor_errors_as_oserror, write_tensors
 
 
@@ -23,8 +24,7 @@ def save_checkpoint(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
-    state_dict: dict[str, Tensor] | None = None,
-    max_shard_size: str = "5GB",
+    section: ExportSection | None = None,
 ) -> None:
     """Write a fused model and its tokenizer, whole or not at all.
 
@@ -33,7 +33,7 @@ def save_checkpoint(
     a second copy of most experts.
 
     Args:
-        state_dict: the weights where the model itself holds only a part of them (gathered from a sharded engine).
+        section: says how large a weight file may be; None: as a recipe that says nothing.
 
     Raises:
         OSError: disk full or not writable; a checkpoint written before stays as it was.
@@ -43,7 +43,7 @@ def save_checkpoint(
     try:
         with tensor_errors_as_oserror(folder):
             model.save_pretrained(partial, state_dict={})  # the configuration; of weights an empty file
-            _write_weights(model, model.state_dict() if state_dict is None else state_dict, partial, max_shard_size)
+            _write_weights(model, partial, (section or ExportSection()).max_shard_size)
         tokenizer.save_pretrained(partial)
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
@@ -53,10 +53,14 @@ def save_checkpoint(
     partial.rename(folder)
 
 
-def _write_weights(model: PreTrainedModel, state: dict[str, Tensor], folder: Path, max_shard_size: str) -> None:
+def _write_weights(model: PreTrainedModel, folder: Path, max_shard_size: str) -> None:
     """The tensors that `save_pretrained` would write, made layer by layer."""
     (folder / SINGLE).unlink(missing_ok=True)
-    state = {name: tensor for name, tensor in state.items() if name not in (model._keys_to_ignore_on_save or ())}
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name not in (model._keys_to_ignore_on_save or ())
+    }
     state = remove_tied_weights_from_state_dict(state, model)
     names = sorted(state, key=dot_natural_key)
     shapes = {name: torch.empty_like(state[name], device="meta") for name in names}
