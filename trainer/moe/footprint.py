@@ -67,11 +67,31 @@ class Footprint:
         allowed = self.rows.get(name, frozenset())
         return allowed is None or allowed.issuperset(rows)
 
-    def parameters(self, model: nn.Module) -> int:
-        """How many of a stock model's parameters it holds."""
+    def experts(self, backbone: Backbone) -> dict[int, int]:
+        """Layer index -> how many of its routed experts may change; layers without any are left out."""
+        found = {}
+        for layer in backbone:
+            names = [f"{layer.experts_name}.{name}" for name in expert_tensor_names(layer.experts)]
+            rows = [self.rows[name] for name in names if name in self.rows]
+            chosen: frozenset[int] = frozenset().union(*(some for some in rows if some is not None))
+            number = layer.num_experts if None in rows else len(chosen)
+            if number:
+                found[layer.index] = number
+        return found
+
+    def parameters(self, backbone: Backbone) -> int:
+        """How many of a stock model's parameters may change; packed or split over processes, they count whole."""
+        experts = backbone.expert_parameters()  # where these are packed, the model has them under another name
+        in_layer = {
+            f"{layer.experts_name}.{name}": layer.num_experts
+            for layer in backbone
+            for name in expert_tensor_names(layer.experts)
+        }
         count = 0
-        for name, parameter in model.named_parameters():
-            if name in self.rows:
-                rows = self.rows[name]
-                count += size(parameter) if rows is None else size(parameter) // parameter.shape[0] * len(rows)
+        for name, parameter in {**dict(backbone.model.named_parameters()), **experts}.items():
+            rows = self.rows.get(name, frozenset())
+            if rows is None:
+                count += size(parameter)
+            elif rows:
+                count += size(parameter) // in_layer.get(name, len(parameter)) * len(rows)
         return count
