@@ -3,7 +3,7 @@
 #           [--nodes N --rank R --master HOST[:PORT]] [--config_file FILE] [key=value ...] [--force] [--dry-run]
 #
 # Runs `routealign run RECIPE` under the chosen engine (docs/cluster.md). Prints the line it runs. Everything else is in
-# trainer/launching.py, which takes this process over (exec): signals reach it, its exit code is ours.
+# trainer/cli/launch.py, which takes this process over (exec): signals reach it, its exit code is ours.
 # PYTHON picks the interpreter, .venv/bin/python when there is one.
 set -euo pipefail
 

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from trainer.cli import launch as launching
+from trainer.engines.table import TABLE
 
 STUB = """
 import os, signal, sys, time
@@ -125,6 +126,17 @@ def test_the_line_keeps_the_overrides_and_sets_what_accelerate_needs_on_cpus(mac
     assert "CPU" not in machine.line("--engine", "zero3") and "OMP" not in machine.line("--engine", "zero3")
 
 
+def test_options_and_overrides_come_in_any_order(machine: Machine) -> None:
+    expected = machine.line("run.name=a", "repair.max_steps=3", "--engine", "zero3", "--gpus", "2", "--force")
+    assert machine.line("--force", "run.name=a", "--gpus=2", "repair.max_steps=3", "--engine=zero3") == expected
+
+
+def test_help_says_every_engine_and_starts_nothing(machine: Machine) -> None:
+    for asked in ("-h", "--help"):
+        assert launching.main([asked]) == 0
+        assert ", ".join(TABLE) in " ".join(machine.capsys.readouterr().out.split())
+
+
 def test_several_nodes_are_told_where_to_meet(machine: Machine) -> None:
     machine.has(8)
     nodes = ("--nodes", "4", "--rank", "3", "--master")
@@ -148,6 +160,7 @@ def test_several_nodes_are_told_where_to_meet(machine: Machine) -> None:
         (0, ["RECIPE", "--fast"], "--fast"),
         (0, ["RECIPE", "second.yaml"], "second.yaml: found after the recipe, expected section.key=value"),
         (0, ["RECIPE", "--gpus", "two"], "--gpus: found 'two', expected a whole number"),
+        (0, ["RECIPE", "--rank", "-1"], "--rank: found '-1', expected a whole number"),
         (4, ["RECIPE", "--gpus", "5"], "--gpus: found 5, this machine has 4; ask for at most 4"),
         (0, ["RECIPE", "--gpus", "5"], "no GPU and 4 cores; ask for at most 4"),
         (4, ["RECIPE", "--engine", "single", "--gpus", "4"], "or take --engine ddp"),
@@ -316,7 +329,7 @@ def test_every_engine_has_a_config_that_its_library_reads(root: Path, monkeypatc
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     monkeypatch.chdir(root)
-    for engine in launching.ENGINES:
+    for engine in TABLE:
         config = load_config_from_file(f"ds_configs/{engine}.yaml")
         settings = config.deepspeed_config.get("deepspeed_config_file")
         assert settings == (f"ds_configs/{engine}.json" if engine.startswith("zero") else None)

@@ -20,11 +20,16 @@ def start(
     if engine != "single":
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command += ["-m", module, *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **_words(engine, folder)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        **words_of_the_launcher(engine, folder),
+    }
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
-def _words(engine: str, folder: Path) -> dict[str, str]:
+def words_of_the_launcher(engine: str, folder: Path) -> dict[str, str]:
     """What the launcher says in the environment."""
     if engine == "single":
         return {}

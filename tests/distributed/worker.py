@@ -22,6 +22,7 @@ from tests.moe.families import FAMILIES
 from tests.tiny import tiny_model, tiny_tokenizer
 from trainer.detection.counts import count_activations
 from trainer.detection.pairs import Pair
+from trainer.engines import optimiser_states
 from trainer.engines.engine import engine
 from trainer.evaluation.generation import reply
 from trainer.moe.backbone import Backbone
@@ -32,7 +33,6 @@ from trainer.moe.trainable import Trained, WholeModel
 from trainer.recipe.sections import ModelSection
 from trainer.runtime.processes import from_rank_0, rank, world_size
 from trainer.training import loop as watch
-from trainer.training import resume as checkpoint
 from trainer.training.consistency import ConsistencyOptions, ConsistencyRow, make_routing_consistent
 from trainer.training.repair import RepairOptions, Row, repair_experts
 
@@ -197,10 +197,10 @@ def main(out: Path, cases: list[str]) -> None:
     torch.set_num_threads(1)
     engine()
     proofs: list[dict[str, Any]] = []
-    release = watch._release
+    release = watch.release
 
     def prove(trainer: Any) -> None:
-        state = checkpoint._optimiser_state(trainer) if trainer.optimizer is not None else {}
+        state = optimiser_states.read(trainer) if trainer.optimizer is not None else {}
         moments = [t for name, t in state.items() if not name.endswith(("/master", "/step"))]
         parameters = list(trainer.trained.model.parameters())
         trainable = [p for p in parameters if p.requires_grad]
@@ -217,7 +217,7 @@ def main(out: Path, cases: list[str]) -> None:
         )
         release(trainer)
 
-    watch._release = prove
+    watch.release = prove
     for name in cases:
         if name == "inference":
             inference(out)

@@ -14,7 +14,7 @@ from trainer.moe.footprint import Footprint
 def test_rows_of_experts_are_counted_by_layer_and_by_parameters(family: str) -> None:
     backbone = Backbone.of(tiny_model(family))
     members = (Member(0, 1), Member(0, 5), Member(2, 7))
-    chosen = Footprint.of_experts(backbone, ExpertSet(members, {i: NUM_EXPERTS for i in range(3)}))
+    chosen = Footprint.of_experts(backbone, ExpertSet(members, dict.fromkeys(range(3), NUM_EXPERTS)))
     assert chosen.experts(backbone) == {0: 2, 2: 1}
     of_one = sum(p.numel() for p in backbone.expert_parameters().values()) // (3 * NUM_EXPERTS)
     assert chosen.parameters(backbone) == 3 * of_one
@@ -25,7 +25,7 @@ def test_rows_of_experts_are_counted_by_layer_and_by_parameters(family: str) -> 
 def test_everything_is_every_expert_and_every_parameter() -> None:
     backbone = Backbone.of(tiny_model())
     every = Footprint.everything(backbone.model)
-    assert every.experts(backbone) == {i: NUM_EXPERTS for i in range(3)}
+    assert every.experts(backbone) == dict.fromkeys(range(3), NUM_EXPERTS)
     assert every.parameters(backbone) == sum(p.numel() for p in backbone.model.parameters())
     assert Footprint().experts(backbone) == {} and Footprint().parameters(backbone) == 0
 
@@ -37,7 +37,7 @@ def test_packed_experts_count_as_what_they_pack() -> None:
     from trainer.moe.quantised import quantise
 
     backbone = Backbone.of(tiny_model("qwen3_moe"))
-    chosen = Footprint.of_experts(backbone, ExpertSet((Member(1, 3),), {i: NUM_EXPERTS for i in range(3)}))
+    chosen = Footprint.of_experts(backbone, ExpertSet((Member(1, 3),), dict.fromkeys(range(3), NUM_EXPERTS)))
     before = chosen.parameters(backbone)
     quantise(backbone, "4bit", torch.device("cpu"))
     assert chosen.parameters(backbone) == before > 0

@@ -125,7 +125,8 @@ def run(name: str) -> dict[str, Any]:
     if "whole" not in case:
         parts["beside"] = 0  # this stage stands alone
     else:
-        parts["beside"] = found._stock.weights // (world_size() if engine().shards else 1)
+        sharers = world_size() if engine().capabilities.splits_parameters else 1
+        parts["beside"] = found._stock.weights // sharers
     predicted = sum(parts.values()) / MIB
     return {
         "case": name,

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from trainer.methods.table import load_recipe
+from trainer.methods.table import METHODS, load_recipe, recipe_of, recipe_schema
 from trainer.recipe.schema import Recipe
 from trainer.recipe.yaml import dump_yaml, read_yaml
 
@@ -25,7 +25,7 @@ BAD_VALUES = {
     "detect.batch_size=0": ["detect.batch_size", "found 0", "1"],
     "detect.batch_size='8'": ["detect.batch_size", "'8' (str)", "integer"],
     "evaluate.random_control=1": ["evaluate.random_control", "1 (int)", "boolean"],
-    "detect.tok=prompt": ["detect.tok", "unknown key", "did you mean", "allowed: tokens, score"],
+    "detect.tok=prompt": ["detect.tok", "unknown key", "did you mean", "tokens, score"],
     "run.seed=-1": ["run.seed", "-1", "0"],
     "run.name=a/b": ["run.name", "'a/b'", "letters, digits"],
     "run.name=..": ["run.name", "'..'", "letters, digits"],
@@ -103,7 +103,7 @@ def test_overrides_are_typed_by_yaml_and_reach_everywhere(load: Load) -> None:
     )
     assert recipe.run.seed == 7
     assert recipe.detect.top_k == 12 and isinstance(recipe.detect.top_k, int)
-    assert recipe.repair.trainer_args == {"learning_rate": 5e-5, "bf16": False}
+    assert recipe.repair.given_arguments == {"learning_rate": 5e-5, "bf16": False}
     assert recipe.data.jailbreaks.seen == ["z"]
     assert load("detect.top_k=0.5").detect.top_k == 0.5
 
@@ -114,7 +114,7 @@ def test_allowed_values_of_what_is_refused_otherwise(load: Load) -> None:
         "repair.packing=false",
         "repair.gradient_checkpointing_kwargs={use_reentrant: false}",
     )
-    assert recipe.repair.trainer_args["packing"] is False
+    assert recipe.repair.given_arguments["packing"] is False
 
 
 def test_the_file_is_named_where_the_file_is_at_fault(recipe_file: Path, tree: dict[str, Any]) -> None:
@@ -203,11 +203,49 @@ def test_hashes(load: Load) -> None:
         base.hash("nothing")
 
 
+@pytest.mark.parametrize(
+    ("method", "override", "words"),
+    [
+        ("steermoe", "repair.scope=full", ["repair", "a section of method rasa", "this recipe's method is steermoe"]),
+        ("steermoe", "export.patch=false", ["export", "a section of method rasa"]),
+        ("steermoe", "detect.top_k=8", ["detect.top_k", "unknown key", "allowed: max_pairs"]),
+        ("steermoe", "evaluate.steering_baseline=true", ["evaluate.steering_baseline", "unknown key"]),
+        ("steermoe", "data.harmful=null", ["data.harmful", "steer.contrast safety needs it"]),
+        ("rasa", "data.benign=null", ["data.benign", "null"]),
+        ("rasa", "evaluate.judge=phrase", ["evaluate.judge", "'phrase'", "did you mean 'phrases'"]),
+    ],
+)
+def test_a_key_of_another_method_is_refused(load: Load, method: str, override: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        load(f"method={method}", override)
+    line = str(caught.value)
+    assert line.startswith("override: ") and "\n" not in line
+    for word in words:
+        assert word in line
+
+
+def test_a_method_does_without_data_that_it_does_not_need(tree: dict[str, Any]) -> None:
+    tree["data"] = {"capability": [{"name": "sums", "path": "sums.jsonl"}]}
+    with pytest.raises(UserError, match=r"data\.harmful: missing, and method rasa needs it"):
+        recipe_of(tree, source="here")
+    tree |= {"method": "steermoe", "steer": {"contrast": "custom", "pairs": "pairs.jsonl"}}
+    recipe = recipe_of(tree, source="here")
+    assert recipe.data.harmful is None
+    assert set(recipe.files("data", "steer")) == {"sums.jsonl", "pairs.jsonl"}, "files are found by their mark"
+
+
+def test_the_schema_is_a_union_by_method() -> None:
+    schema = recipe_schema()
+    assert schema["discriminator"]["propertyName"] == "method"
+    assert set(schema["discriminator"]["mapping"]) == set(METHODS)
+
+
 def test_every_key_is_described() -> None:
-    schema = json.loads(json.dumps(Recipe.model_json_schema()))
+    schema = json.loads(json.dumps(recipe_schema()))
     for name, section in schema["$defs"].items():
         for key, field in section.get("properties", {}).items():
-            assert field.get("description"), f"{name}.{key} has no description"
+            is_section = "$ref" in field
+            assert is_section or field.get("description"), f"{name}.{key} has no description"
 
 
 PLAIN = st.recursive(

@@ -10,7 +10,8 @@ from trainer.reporting.compare import FIGURES, comparison, markdown
 
 
 def finished(folder: Path, name: str, asr: float) -> Path:
-    (folder / name / "stages/1-repair-1").mkdir(parents=True)
+    for stage in ("1-repair-1", "2-consistency-1"):
+        (folder / name / "stages" / stage).mkdir(parents=True)
     rate = {"rate": asr, "n": 10, "ci95": [0, 1], "unjudged": 0}
     measured = dict.fromkeys(FIGURES, rate)
     diagnostics = {"router_restore_gap": 0.01, "experts_changed": 8, "experts_total": 64}
@@ -27,6 +28,9 @@ def finished(folder: Path, name: str, asr: float) -> Path:
     (folder / name / "manifest.json").write_text(json.dumps({"name": name, "stages": stages}))
     sizes = {"trained_parameters": 5, "total_parameters": 100}
     (folder / name / "stages/1-repair-1/parameters.json").write_text(json.dumps(sizes))
+    (folder / name / "stages/2-consistency-1/parameters.json").write_text(
+        json.dumps(sizes | {"trained_parameters": 1})
+    )
     return folder / name
 
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,53 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
-from trainer.methods.table import load_recipe
+from trainer.methods.table import load_recipe, recipe_of
 from trainer.recipe.schema import Recipe
 from trainer.run.folder import Run, model_of
+from trainer.run.step import Kept
 from trainer.runtime.files import atomic_write, replacing, save_tensors, write_tensors
 
 Load = Callable[..., Recipe]
 
 
+@dataclass(frozen=True)
+class Text:
+    """A step's artefact: one text."""
+
+    path: Path
+
+    def write(self, made: str) -> None:
+        atomic_write(self.path, made)
+
+    def files(self) -> list[Path]:
+        return [self.path]
+
+    def read(self) -> str:
+        return self.path.read_text()
+
+
 def work(run: Run, inputs: str = "1", name: str = "pairs", content: str = "x", after: list[str] | None = None) -> bool:
-    """Do a stage the way a method does; whether there was anything to do."""
-    stage = run.stage(name, inputs, after=[run.stage(n, "1") for n in after or []])
-    if stage.done:
-        return False
-    path = run.dir / f"{name}.txt"
-    atomic_write(path, content)
-    stage.finish([path])
-    return True
+    """Do a step the way a method does; whether there was anything to do."""
+    made = []
+
+    def make() -> str:
+        made.append(name)
+        return content
+
+    before = [run.step(n, lambda: content, Text(run.dir / f"{n}.txt"), inputs="1") for n in after or []]
+    step = run.step(name, make, Text(run.dir / f"{name}.txt"), inputs=inputs, after=before)
+    assert step.value == (run.dir / f"{name}.txt").read_text(), "what a run goes on with is what is on disk"
+    return bool(made)
+
+
+def interrupted(run: Run, name: str = "pairs", inputs: str = "1") -> None:
+    """A step that is killed in its middle."""
+    with pytest.raises(KeyboardInterrupt):
+        run.step(name, _killed, Text(run.dir / f"{name}.txt"), inputs=inputs)
+
+
+def _killed() -> str:
+    raise KeyboardInterrupt
 
 
 def manifest(run: Run) -> dict[str, Any]:
@@ -62,7 +93,7 @@ def test_a_finished_stage_is_recorded_and_kept(load: Load, capsys: pytest.Captur
     [
         (lambda run: (run.dir / "pairs.txt").unlink(), "pairs.txt is missing"),
         (lambda run: (run.dir / "pairs.txt").write_text("y"), "pairs.txt was changed"),
-        (lambda run: run.stage("pairs", "2"), "it was interrupted"),
+        (lambda run: interrupted(run, inputs="2"), "it was interrupted"),
     ],
 )
 def test_why_a_stage_runs_again(
@@ -98,17 +129,19 @@ def test_a_stage_runs_again_only_where_what_it_builds_on_changed(
 
 
 def test_a_folder_as_output(opened: Run) -> None:
-    stage = opened.stage("export", "1")
-    (opened.dir / "model" / "sub").mkdir(parents=True)
-    (opened.dir / "model" / "a.txt").write_text("a")
-    (opened.dir / "model" / "sub" / "b.txt").write_text("b")
-    stage.finish([opened.dir / "model"])
+    def write(_: None) -> None:
+        (opened.dir / "model" / "sub").mkdir(parents=True)
+        (opened.dir / "model" / "a.txt").write_text("a")
+        (opened.dir / "model" / "sub" / "b.txt").write_text("b")
+
+    opened.step("export", lambda: None, Kept(write, lambda: [opened.dir / "model"], lambda: None), inputs="1")
     assert list(manifest(opened)["stages"]["export"]["outputs"]) == ["model/a.txt", "model/sub/b.txt"]
 
 
 def test_an_output_that_was_not_written(opened: Run) -> None:
     with pytest.raises(FileNotFoundError, match=r"nothing\.txt"):
-        opened.stage("pairs", "1").finish([opened.dir / "nothing.txt"])
+        nothing = Kept(lambda _: None, lambda: [opened.dir / "nothing.txt"], lambda: None)
+        opened.step("pairs", lambda: None, nothing, inputs="1")
     assert manifest(opened)["stages"]["pairs"]["status"] == "started"
 
 
@@ -132,7 +165,7 @@ def test_a_folder_of_another_recipe(load: Load, override: str, shown: str) -> No
 
 def test_a_first_try_that_finished_nothing_does_not_block_the_corrected_recipe(load: Load) -> None:
     with Run.open(load()) as run:
-        run.stage("detect", "1")
+        interrupted(run, "detect")
     with Run.open(load("data.harmful.train=9")) as run:
         assert manifest(run)["stages"] == {}
 
@@ -227,8 +260,8 @@ def test_a_second_run_is_refused_until_the_first_ends(load: Load) -> None:
 def test_a_killed_process_frees_the_folder(load: Load, recipe_file: Path, root: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path\n"
-        "from trainer.recipe.schema import Recipe; from trainer.run.folder import Run\n"
-        "run = Run.open(load_recipe(Path(sys.argv[1]))); stage = run.stage('pairs', '1')\n"
+        "from trainer.methods.table import load_recipe; from trainer.run.folder import Run\n"
+        "run = Run.open(load_recipe(Path(sys.argv[1])))\n"
         "print('open', flush=True); time.sleep(60)"
     )
     child = subprocess.Popen(
@@ -247,10 +280,34 @@ def test_reopening_from_the_folder_alone(load: Load, tmp_path: Path) -> None:
     with Run.open(load()) as run:
         work(run)
     run.dir.rename(tmp_path / "moved")
-    with Run.reopen(tmp_path / "moved") as run:
+    with Run.reopen(tmp_path / "moved", recipe_of) as run:
         assert run.recipe == load() and not work(run)
     with pytest.raises(UserError, match="not a run folder"):
-        Run.reopen(tmp_path / "nothing")
+        Run.reopen(tmp_path / "nothing", recipe_of)
+
+
+def test_a_run_of_a_former_release_is_recognised_and_refused_in_one_line(load: Load) -> None:
+    with Run.open(load()) as run:
+        work(run)
+    path = run.dir / "manifest.json"
+    path.write_text(path.read_text().replace("routealign-run-2", "routealign-run-1"))
+    for attempt in (lambda: Run.open(load()), lambda: Run.reopen(run.dir, recipe_of)):
+        with pytest.raises(UserError, match="begun by a former release") as caught:
+            attempt()
+        line = str(caught.value)
+        assert "--force" in line and "run.name" in line and "\n" not in line
+    assert (run.dir / "pairs.txt").exists(), "nothing of the old run is lost"
+    with Run.open(load(), force=True) as anew:
+        assert work(anew)
+
+
+def test_a_lock_leaves_a_file_alone_that_its_name_points_to(load: Load, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious")
+    load().folder.mkdir(parents=True)
+    (load().folder / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="lock"):
+        Run.open(load())
+    assert (tmp_path / "precious").read_text() == "precious"
 
 
 def test_the_model_of_a_run(load: Load) -> None:
@@ -304,22 +361,19 @@ TWO_RANKS = """
 import os, sys
 from pathlib import Path
 import torch.distributed as dist
-from trainer.recipe.schema import Recipe
+from trainer.methods.table import load_recipe, recipe_of
 from trainer.run.folder import Run
-from trainer.runtime.files import atomic_write
+from trainer.run.step import JsonFile
 
 with Run.open(load_recipe(Path(sys.argv[1]))) as run:
     assert dist.get_world_size() == 2, "two processes that know of each other"
-    stage = run.stage("pairs", "1")
-    path = run.dir / "pairs.txt"
-    done = stage.done
-    if not done:
-        if os.environ["RANK"] == "0":
-            atomic_write(path, "x")
-        stage.finish([path])
-    assert path.read_text() == "x"
-    again = run.stage("pairs", "1", after=[])
-    Path(sys.argv[2], f"{os.environ['RANK']}.txt").write_text(f"{done} {again.done} {stage.digest == again.digest}")
+    kept, made = JsonFile(run.dir / "pairs.json"), []
+    first = run.step("pairs", lambda: made.append(1) or os.environ["RANK"], kept, inputs="1")
+    done = not made
+    again = run.step("pairs", lambda: made.append(1), kept, inputs="1")
+    assert first.value == again.value == "0", "what rank 0 made, on every rank"
+    same = first.record.digest == again.record.digest
+    Path(sys.argv[2], f"{os.environ['RANK']}.txt").write_text(f"{done} {len(made) < 2} {same}")
 dist.destroy_process_group()
 """
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data_prep.errors import UserError
 from trainer.detection.pairs import Pair
+from trainer.engines.table import names
 from trainer.model.chat import Batch, batches, encode, pad_id
 from trainer.moe.backbone import Backbone, expert_tensor_names
 from trainer.moe.sharding import is_partitioned, is_sharded, whole
@@ -47,14 +48,15 @@ def gradient_saliency(
     The loss is the repair's: cross-entropy of the anchor's refusal after the jailbroken prompt, response tokens only.
 
     Raises:
-        UserError: a model partitioned by ZeRO-3.
+        UserError: a model whose engine runs no backward pass outside of training.
     """
     model = backbone.model.eval().requires_grad_(False)
     asked = [*backbone.expert_parameters().values(), *backbone.shared_parameters().values()]
     if any(is_partitioned(parameter) for parameter in asked):
+        able = names(lambda e: e.backward_outside_training)
         raise UserError(
-            "detect.score: 'saliency' needs a backward pass outside of training, which ZeRO-3 does not run; allowed: "
-            "`routealign detect` under another engine first (fsdp2, zero2, ddp, single), whose result the run keeps"
+            "detect.score: 'saliency' needs a backward pass outside of training, which this engine does not run; "
+            f"allowed: `routealign detect` under another one first ({', '.join(able)}), whose result the run keeps"
         )
     turns = [encode(tokenizer, pair.adversarial_prompt, pair.anchor_reply) for pair in pairs]
     every = list(batches(turns, pad_id(tokenizer), batch_size))

@@ -1,4 +1,4 @@
-"""The engine that a launcher chose, and how it holds a model: whole in every process, or split over them.
+"""The engine that a launcher chose, and how it loads a model: whole in every process, or split over them.
 
 `accelerate launch --config_file ds_configs/<engine>.yaml` says it in the environment, as launch.sh does on CPUs.
 """
@@ -8,13 +8,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
 from data_prep.errors import UserError
+from trainer.engines.launch_config import no_deepspeed
+from trainer.engines.table import TABLE, Capabilities, names
 from trainer.model.load import hollow, load, read_tokenizer
 from trainer.moe.backbone import Backbone
 from trainer.moe.scoring import Scoring
@@ -22,20 +24,18 @@ from trainer.moe.sharding import shard_fsdp2, shard_zero3, spread
 from trainer.recipe.sections import ModelSection
 from trainer.runtime.processes import from_rank_0, rank, world_size
 
-Name = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
-
 
 @dataclass(frozen=True)
 class Engine:
     """`zero_config`: the `zero_optimization` part of the DeepSpeed configuration, without "auto"."""
 
-    name: Name
+    name: str
     zero_config: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def shards(self) -> bool:
-        """Whether a model is split over the processes, so that a forward pass needs all of them."""
-        return self.name in ("zero3", "fsdp2")
+    def capabilities(self) -> Capabilities:
+        """What this engine can do."""
+        return TABLE[self.name]
 
     def load(self, section: ModelSection) -> tuple[Backbone, PreTrainedTokenizerBase]:
         """The model that a recipe names, its contract checked, to be split into experts and then over the processes.
@@ -47,17 +47,19 @@ class Engine:
         Raises:
             UserError, ValueError, OSError: as `loading.load` and `Backbone.check`, on every process.
         """
-        if not self.shards:
+        if not self.capabilities.splits_parameters:
             model, tokenizer = load(section, PartialState().device)
             return Backbone.of(model).check(), tokenizer
         return _read_on_rank_0(section)
 
     def shard(self, backbone: Backbone) -> None:
         """Split rank 0's model over the processes, where the engine does that."""
-        if self.name == "zero3":
-            shard_zero3(backbone, self.zero_config, PartialState().device)
-        elif self.name == "fsdp2":
+        if not self.capabilities.splits_parameters:
+            return
+        if self.capabilities.deepspeed_stage is None:
             shard_fsdp2(backbone, PartialState().device)
+        else:
+            shard_zero3(backbone, self.zero_config, PartialState().device)
 
 
 @dataclass(frozen=True)
@@ -123,13 +125,15 @@ def _deepspeed() -> Engine:
     try:
         import deepspeed  # noqa: F401
     except ImportError:
-        raise UserError("deepspeed: not installed; pip install 'routealign[gpu]', or --engine fsdp2") from None
+        raise no_deepspeed() from None
     from accelerate.utils import DeepSpeedPlugin
 
     plugin = DeepSpeedPlugin()
     given: dict[str, Any] = plugin.deepspeed_config["zero_optimization"]
-    names: dict[int, Name] = {1: "zero1", 2: "zero2", 3: "zero3"}
     stage = given.get("stage")
-    if stage not in names:
+    offloads = (given.get("offload_param") or {}).get("device", "none") != "none"
+    if stage not in (1, 2, 3):
         raise UserError(f"zero_optimization.stage: found {stage!r}; allowed: 1, 2, 3, or --engine ddp for none")
-    return Engine(names[stage], {key: value for key, value in given.items() if value != "auto"})
+    found = names(lambda e: e.deepspeed_stage == stage and e.offloads == offloads)
+    found = found or names(lambda e: e.deepspeed_stage == stage)
+    return Engine(found[0], {key: value for key, value in given.items() if value != "auto"})

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-ENGINES = ("single", "ddp", "zero1", "zero2", "fsdp2", "zero3", "zero3-offload")
+from trainer.engines.table import TABLE, names
+
+ENGINES = tuple(TABLE)
 """From the cheapest in time to the dearest."""
-SPLIT_WEIGHTS = ("fsdp2", "zero3", "zero3-offload")
-OFFLOADED = ("zero3-offload",)
-ONE_PROCESS = ("single",)
+SPLIT_WEIGHTS = names(lambda e: e.splits_parameters)
+OFFLOADED = names(lambda e: e.offloads)
+ONE_PROCESS = names(lambda e: e.one_process)
 
 FP32 = 4
 # DeepSpeed's defaults, in elements; ds_configs/*.json leave them alone.

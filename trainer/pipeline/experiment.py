@@ -15,6 +15,7 @@ from data_prep.corpus import load_corpus
 from data_prep.errors import UserError
 from data_prep.schema import Corpus
 from trainer.engines.engine import Engine, engine
+from trainer.engines.table import names
 from trainer.evaluation.generation import reply
 from trainer.evaluation.judges.judge import Judge, judge_of
 from trainer.evaluation.suite import Suite
@@ -111,10 +112,10 @@ class Experiment(Generic[R]):
         corpus = load_corpus(recipe.data, recipe.run.seed)
         for note in corpus.notes:
             say(note)
-        if recipe.model.quantization is not None and engine().shards:
+        if recipe.model.quantization is not None and not engine().capabilities.holds_packed_weights:
             raise UserError(
                 f"model.quantization: packed weights cannot be split over processes, found engine {engine().name}; "
-                "allowed: single, ddp, zero1, zero2"
+                f"allowed: {', '.join(names(lambda e: e.holds_packed_weights))}"
             )
         backbone, tokenizer = engine().load(recipe.model)
         judge = judge_of(recipe.evaluate)
@@ -143,7 +144,7 @@ class Experiment(Generic[R]):
     @property
     def holds_parts(self) -> bool:
         """Whether the model in memory is no longer whole, so that experts are split out of a fresh copy."""
-        return self.engine.shards or self.recipe.model.quantization is not None
+        return self.engine.capabilities.splits_parameters or self.recipe.model.quantization is not None
 
     def reloaded(self) -> Experiment[R]:
         """The same with a fresh copy of the model, to be split into trainable and frozen experts. Collective."""

@@ -51,6 +51,7 @@ def export_and_audit(
     footprint: Footprint,
     after: Sequence[Step[Any]],
     experts: ExpertSet | None = None,
+    reads: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write the checkpoint, reload it from disk and prove what moved; `audit.json`.
 
@@ -58,6 +59,7 @@ def export_and_audit(
         stock: the edited model as transformers knows it, on the CPU of rank 0; None on the others. Collective.
         footprint: what the stages may have changed.
         experts: the critical experts, to be named in the patch.
+        reads: the recipe's sections that the edit depends on, where no step before it does.
 
     Raises:
         RuntimeError: something outside the footprint moved, or the reloaded checkpoint answers differently. The
@@ -98,7 +100,7 @@ def export_and_audit(
     def files() -> list[Path]:
         return [audit_path, *(path for path in (folder, *patch) if path.exists())]
 
-    return experiment.step("export", make, Kept(write, files, read), reads=["export"], after=after).value
+    return experiment.step("export", make, Kept(write, files, read), reads=["export", *reads], after=after).value
 
 
 def _refuse_failed(audit: dict[str, Any], folder: Path) -> None:

@@ -25,6 +25,7 @@ from trainer.detection.gate import fit_gate
 from trainer.detection.pairs import PairReport, build_pairs
 from trainer.detection.ranking import Ranking, Selection, rank
 from trainer.detection.tables import check_model, load_table
+from trainer.engines.table import names
 from trainer.model.chat import batches, encode, pad_id
 from trainer.model.reply import Reply
 from trainer.moe.routing import flip_rate, record
@@ -114,8 +115,9 @@ def gate_of(experiment: Experiment[Any], asked: RepliesSection) -> Gate:
 
 def steering(experiment: Experiment[Any], how: Steering, gate: Gate | None = None) -> AbstractContextManager[None]:
     """`steer` on the experiment's model. `UserError` for a gate on a sharded model, which it cannot run alone."""
-    if gate and experiment.engine.shards:
-        raise UserError(f"steer.gate: not available under {experiment.engine.name}; use ddp, zero1 or zero2")
+    if gate and experiment.engine.capabilities.splits_parameters:
+        others = ", ".join(names(lambda e: not e.splits_parameters))
+        raise UserError(f"steer.gate: not available under {experiment.engine.name}; allowed: {others}")
     return steer(experiment.backbone, how, gate)
 
 

@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import set_seed
 
+from data_prep.errors import UserError
 from trainer.engines.engine import engine
+from trainer.engines.table import names
 from trainer.moe.expert_set import ExpertSet
 from trainer.moe.experts import SplitModel
 from trainer.moe.trainable import TrainableModel, WholeModel
@@ -23,6 +25,8 @@ from trainer.runtime.files import atomic_write, save_tensors
 from trainer.training import resume
 from trainer.training.loop import StageResult
 
+BITSANDBYTES = ("8bit", "bnb", "paged")
+"""What the names of its optimisers hold."""
 Train = Callable[[Path, str], StageResult]
 """(folder of the stage, what a checkpoint in its middle must agree with) -> what training did."""
 
@@ -34,7 +38,13 @@ def refuse_what_the_engine_cannot(sections: dict[str, TrainerSection]) -> None:
         UserError: an optimiser that cannot step parameters as this engine holds them.
     """
     for name, section in sections.items():
-        engine().check_optimiser(str(section.given_arguments.get("optim", "")), f"{name}.optim")
+        optim = str(section.given_arguments.get("optim", ""))
+        if any(part in optim for part in BITSANDBYTES) and not engine().capabilities.steps_with_bitsandbytes:
+            others = ", ".join(names(lambda e: e.steps_with_bitsandbytes))
+            raise UserError(
+                f"{name}.optim: found {optim!r}, which cannot step parameters that {engine().name} splits; allowed: "
+                f"adamw_torch, or another engine ({others})"
+            )
 
 
 def whole(experiment: Experiment[Any]) -> Experiment[Any]:

@@ -18,7 +18,6 @@ FIGURES = {
     "benign_compliance": "benign",
     "benign_wrapped_compliance": "wrapped benign",
 }
-TRAINING = ("repair-", "consistency-")
 
 
 def comparison(folders: Sequence[Path]) -> tuple[list[str], list[list[str]]]:
@@ -36,15 +35,17 @@ def comparison(folders: Sequence[Path]) -> tuple[list[str], list[list[str]]]:
     for folder in folders:
         evaluation, manifest = _read(folder, "evaluation.json"), _read(folder, "manifest.json")
         diagnostics = evaluation["diagnostics"]
-        stages = [stage for name, stage in manifest["stages"].items() if name.startswith(TRAINING)]
-        sizes = [json.loads(path.read_text()) for path in folder.glob("stages/*/parameters.json")]
+        trained = {path.parent.name.partition("-")[2]: path for path in folder.glob("stages/*/parameters.json")}
+        sizes = [json.loads(path.read_text()) for path in trained.values()]
+        stages = [stage for name, stage in manifest["stages"].items() if name in trained]
         share = max((size["trained_parameters"] / size["total_parameters"] for size in sizes), default=0.0)
+        gap, total = diagnostics.get("router_restore_gap"), diagnostics.get("experts_total")
         rows.append(
             [
                 manifest["name"],
                 *(_rate(evaluation["after"], name) for name in FIGURES),
-                f"{diagnostics['router_restore_gap']:.3f}",
-                f"{diagnostics['experts_changed']} of {diagnostics['experts_total']}",
+                "" if gap is None else f"{gap:.3f}",
+                "" if total is None else f"{diagnostics['experts_changed']} of {total}",
                 f"{share:.1%}",
                 f"{sum(stage['seconds'] for stage in stages):.0f}",
                 f"{max((stage['peak_memory_mb'] or 0 for stage in stages), default=0):.0f}",

@@ -96,7 +96,7 @@ def control_metrics(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     named = {
         "Random experts": "random_control",
         "Bottom of the ranking": "bottom_control",
-        "SteerMoE": "steering_baseline",
+        "Steering": "steering_baseline",
         "Full fine-tuning": "full_finetuning",
     }
     found = {name: diagnostics.get(key) for name, key in named.items()}

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from trainer.model.chat import Batch, ChatTurn, encode, pad, pad_id
 from trainer.moe.routing import Trace, record
-from trainer.moe.sharding import is_sharded, partitions
+from trainer.moe.sharding import is_sharded
 from trainer.moe.trainable import Trained
 from trainer.recipe.sections import ConsistencySection
 from trainer.training.loop import StageResult, arguments, configs_kept, stop_unless_finite, train
@@ -56,7 +56,7 @@ def make_routing_consistent(
     Raises:
         NonFiniteLossError: training diverged; the weights before the step are kept in `folder`.
     """
-    config = TrainingArguments(**arguments(section, folder, seed, partitions=partitions(trained.model)))
+    config = TrainingArguments(**arguments(section, folder, seed, trained.model))
     trained.train_routers()
     with configs_kept(trained.model):
         trainer = RoutingConsistencyTrainer(trained, section, folder, tokenizer, config, _dataset(tokenizer, rows))

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerControl, TrainerState
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import ProgressCallback
 from transformers.training_args import TrainingArguments
 
 from data_prep.errors import UserError
+from trainer.engines.hf_trainer import checkpointing_arguments, engine_arguments, release
 from trainer.moe.sharding import engine_runs, size
 from trainer.moe.trainable import Trained
 from trainer.recipe.section import TrainerSection
@@ -39,11 +39,11 @@ class StageResult:
     total_parameters: int
 
 
-def arguments(section: TrainerSection, output_dir: Path, seed: int, *, partitions: bool = False) -> dict[str, Any]:
+def arguments(section: TrainerSection, output_dir: Path, seed: int, model: PreTrainedModel) -> dict[str, Any]:
     """Keyword arguments for a trainer's arguments class: the section's over the project's own.
 
     Checkpointing is ours (transformers' own resume does not restore fused experts, huggingface/transformers#48805),
-    and columns are kept because rows carry spans that no model signature names. `partitions`: ZeRO-3 holds the model.
+    and columns are kept because rows carry spans that no model signature names.
     """
     own: dict[str, Any] = {
         "output_dir": str(output_dir),
@@ -58,8 +58,7 @@ def arguments(section: TrainerSection, output_dir: Path, seed: int, *, partition
         "bf16": False,
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "ddp_find_unused_parameters": False,  # the split touches every parameter in every batch
-        "ddp_broadcast_buffers": False,  # buffers are constants
+        **engine_arguments(),
     }
     chosen = {**own, **section.trainer_arguments}
     checkpointing = [chosen.pop(name, None) for name in (OLD_CHECKPOINTING, NEW_CHECKPOINTING)]
@@ -68,11 +67,8 @@ def arguments(section: TrainerSection, output_dir: Path, seed: int, *, partition
     chosen[name] = any(checkpointing)  # TRL would switch it on by default
     if chosen[name]:
         # Reentrant checkpointing detaches what hooks capture: routing losses would carry no gradient.
-        chosen[f"{name}_kwargs"] = {**(details[0] or {}), **(details[1] or {}), "use_reentrant": False}
-        if partitions:
-            # torch (2.13) saves a frozen parameter itself, which ZeRO-3 has emptied again when torch compares shapes
-            # after recomputing; it is gathered when its turn in the backward pass comes.
-            chosen[f"{name}_kwargs"]["determinism_check"] = "none"
+        own_details = {"use_reentrant": False, **checkpointing_arguments(model)}
+        chosen[f"{name}_kwargs"] = {**(details[0] or {}), **(details[1] or {}), **own_details}
     return chosen
 
 
@@ -141,17 +137,8 @@ def train(trainer: ResumableTrainer, label: str, inputs: str) -> StageResult:
             with signals.deferred():
                 trainer.train(resume_from_checkpoint=str(start) if start else None)
         finally:
-            _release(trainer)
+            release(trainer)
     return StageResult(trainer.state.log_history, *parameter_counts(trainer.trained.model))
-
-
-def _release(trainer: ResumableTrainer) -> None:
-    """Take DeepSpeed's hooks off the model, so that the next stage can set up its own engine."""
-    if trainer.is_deepspeed_enabled:
-        if trainer.deepspeed is not None:
-            trainer.deepspeed.destroy()
-        unset_hf_deepspeed_config()  # else every model that is loaded later is partitioned while it is made
-    trainer.accelerator.free_memory()
 
 
 class NonFiniteLossError(UserError):

@@ -24,7 +24,7 @@ from trl import SFTConfig, SFTTrainer
 from data_prep.errors import UserError
 from trainer.model.chat import ChatTurn, encode, pad, pad_id
 from trainer.moe.routing import Trace, flip_rate, pin, record
-from trainer.moe.sharding import is_sharded, partitions
+from trainer.moe.sharding import is_sharded
 from trainer.moe.trainable import Trained
 from trainer.recipe.sections import RepairSection
 from trainer.training.loop import StageResult, arguments, configs_kept, stop_unless_finite, train
@@ -59,7 +59,7 @@ def repair_experts(
         NonFiniteLossError: training diverged; the weights before the step are kept in `folder`.
     """
     config = SFTConfig(
-        **arguments(section, folder, seed, partitions=partitions(trained.model)),
+        **arguments(section, folder, seed, trained.model),
         # The load-balancing loss is on by default in MoE configs and would move routing behind our back.
         router_aux_loss_coef=0.0,
         dataset_kwargs={"skip_prepare_dataset": True},

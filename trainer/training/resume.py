@@ -3,10 +3,10 @@
 transformers' own resume does not restore fused experts (huggingface/transformers#48805), pickles optimiser states, and
 cannot resume a model sharded at load time. Here: safetensors and JSON, one folder `checkpoint-<step>` that appears
 whole or not at all. Rank 0 writes the trained weights; the optimiser's states lie where the engine keeps them, one
-file per rank where it splits them (ZeRO, FSDP2), else one.
+file per rank where it splits them, else one (`engines/optimiser_states.py`).
 
 This overrides private methods of transformers' Trainer (5.23: `_prepare_for_training`, `_save_checkpoint`,
-`_load_from_checkpoint`, `_load_rng_state`, `_defer_fsdp_gradient_reduction`); it can go when that issue is closed.
+`_load_from_checkpoint`, `_load_rng_state`); it can go when that issue is closed.
 """
 
 from __future__ import annotations
@@ -14,20 +14,17 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
-from torch.distributed.tensor import DTensor
-from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from data_prep.errors import UserError
+from trainer.engines import optimiser_states
+from trainer.engines.hf_trainer import EngineTrainer
 from trainer.moe.trainable import Trained
 from trainer.runtime.console import is_main_process, say
 from trainer.runtime.files import atomic_write, save_tensors
@@ -36,11 +33,9 @@ from trainer.runtime.processes import any_rank, from_all_ranks, from_rank_0, ran
 PREFIX = "checkpoint-"
 WEIGHTS = "weights.safetensors"
 ABOUT = "checkpoint.json"
-NUMBER = "number:"
-"""Marks a state that the optimiser keeps as a Python number (bitsandbytes: its steps)."""
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(EngineTrainer):
     """A Trainer that saves and restores what `trained` trains. Subclasses set `trained` and `folder` first."""
 
     trained: Trained
@@ -59,16 +54,6 @@ class ResumableTrainer(Trainer):
         if resume_from_checkpoint is not None:
             restore(self, Path(resume_from_checkpoint))
         return prepared
-
-    @contextmanager
-    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
-        """Accumulate without communication; the Trainer's own asks a configuration that only its own loading sets."""
-        model: Any = self.model
-        model.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            model.set_requires_gradient_sync(True)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -124,7 +109,7 @@ def save(trainer: ResumableTrainer) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     rngs = from_all_ranks({rank(): _rng()})
-    weights, optimiser = trainer.trained.state_dict(), _optimiser_state(trainer)
+    weights, optimiser = trainer.trained.state_dict(), optimiser_states.read(trainer)
     failed: OSError | None = None
     try:
         if is_main_process():
@@ -133,12 +118,12 @@ def save(trainer: ResumableTrainer) -> None:
             about = {
                 "inputs": trainer.inputs,
                 "processes": world_size(),
-                "kept_by": _kept_by(trainer),
+                "kept_by": optimiser_states.kept_by(trainer),
                 "scheduler": trainer.lr_scheduler.state_dict() if trainer.lr_scheduler else None,
                 "rng": rngs,
             }
             atomic_write(partial / ABOUT, json.dumps(about))
-        if is_main_process() or _splits_optimiser(trainer):
+        if is_main_process() or optimiser_states.are_split(trainer):
             save_tensors(partial / _optimiser_file(trainer), optimiser)
     except OSError as error:
         failed = error
@@ -163,108 +148,23 @@ def restore(trainer: ResumableTrainer, path: Path) -> None:
         UserError: another engine kept the optimiser's states, in parts of its own.
     """
     about = json.loads((path / ABOUT).read_text())
-    if about["kept_by"] != _kept_by(trainer):
+    kept_by = optimiser_states.kept_by(trainer)
+    if about["kept_by"] != kept_by:
         raise UserError(
-            f"{path}: optimiser states are those of {about['kept_by']}, found {_kept_by(trainer)}; go on with "
+            f"{path}: optimiser states are those of {about['kept_by']}, found {kept_by}; go on with "
             f"{about['kept_by']}, or remove {path} to train this stage from its start"
         )
     trainer.trained.load_state_dict(load_file(path / WEIGHTS))
-    _load_optimiser_state(trainer, load_file(path / _optimiser_file(trainer)), path)
+    optimiser_states.load(trainer, load_file(path / _optimiser_file(trainer)), path)
     if trainer.lr_scheduler is not None:
         trainer.lr_scheduler.load_state_dict(about["scheduler"])
         for group, rate in zip(trainer.optimizer.param_groups, about["scheduler"]["_last_lr"], strict=True):
             group["lr"] = rate
 
 
-# --- the optimiser's states, where the engine keeps them -------------------------------------------
-
-
-WHOLE = "single or ddp"
-
-
-def _kept_by(trainer: Trainer) -> str:
-    """The engine whose parts the optimiser's states lie in; single and DDP keep the same, whole ones."""
-    if trainer.is_deepspeed_enabled:
-        return f"zero{trainer.model_wrapped.zero_optimization_stage()}"
-    return "fsdp2" if any(isinstance(p, DTensor) for p in _held(trainer)) else WHOLE
-
-
-def _splits_optimiser(trainer: Trainer) -> bool:
-    return _kept_by(trainer) != WHOLE
-
-
-def _optimiser_file(trainer: Trainer) -> str:
-    part, parts = (rank(), world_size()) if _splits_optimiser(trainer) else (0, 1)
+def _optimiser_file(trainer: ResumableTrainer) -> str:
+    part, parts = (rank(), world_size()) if optimiser_states.are_split(trainer) else (0, 1)
     return f"optimizer-{part}-of-{parts}.safetensors"
-
-
-def _zero(trainer: Trainer) -> Any | None:
-    """DeepSpeed's ZeRO optimiser around the real one."""
-    if not trainer.is_deepspeed_enabled:
-        return None
-    return trainer.model_wrapped.optimizer
-
-
-def _held(trainer: Trainer) -> list[Tensor]:
-    """What the real optimiser steps: flat fp32 partitions under ZeRO, else the parameters themselves."""
-    zero = _zero(trainer)
-    if zero is None:
-        return [p for group in trainer.optimizer.param_groups for p in group["params"]]
-    stage_3 = hasattr(zero, "fp32_partitioned_groups_flat")
-    return list(zero.fp32_partitioned_groups_flat if stage_3 else zero.single_partition_of_fp32_groups)
-
-
-def _real(trainer: Trainer) -> torch.optim.Optimizer:
-    zero = _zero(trainer)
-    optimiser: Any = zero if zero is not None else trainer.optimizer
-    while hasattr(optimiser, "optimizer"):
-        optimiser = optimiser.optimizer
-    return optimiser
-
-
-def _optimiser_state(trainer: Trainer) -> dict[str, Tensor]:
-    """`<index>/<key>` -> this rank's part of a state, on the CPU; under ZeRO the fp32 weights too, as `master`."""
-    state = _real(trainer).state
-    found: dict[str, Tensor] = {}
-    for i, held in enumerate(_held(trainer)):
-        parts = {
-            key if isinstance(value, Tensor) else NUMBER + key: torch.as_tensor(value)
-            for key, value in state.get(held, {}).items()
-            if isinstance(value, (Tensor, int, float))
-        }
-        if _zero(trainer) is not None:
-            parts["master"] = held
-        for key, value in parts.items():
-            local = value.to_local() if isinstance(value, DTensor) else value
-            found[f"{i}/{key}"] = local.detach().cpu().clone()
-    return found
-
-
-@torch.no_grad()
-def _load_optimiser_state(trainer: Trainer, found: dict[str, Tensor], path: Path) -> None:
-    state, held = _real(trainer).state, _held(trainer)
-    for name, value in found.items():
-        index, _, key = name.partition("/")
-        if int(index) >= len(held):
-            raise UserError(f"{path}: its optimiser steps other parameters; remove it to train this stage anew")
-        target = held[int(index)]
-        local = target.to_local() if isinstance(target, DTensor) else target
-        if key == "master":
-            target.copy_(value)
-        elif key.startswith(NUMBER):
-            state[target][key.removeprefix(NUMBER)] = value.item()
-        elif value.shape != local.shape:
-            state[target][key] = value if value.ndim == 0 else value.to(local.device)
-        elif isinstance(target, DTensor):
-            state[target][key] = DTensor.from_local(
-                value.to(local.device),
-                target.device_mesh,
-                target.placements,
-                shape=target.shape,
-                stride=target.stride(),
-            )
-        else:
-            state[target][key] = value.to(local.device)
 
 
 # --- random numbers -------------------------------------------------------------------------------

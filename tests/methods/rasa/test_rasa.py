@@ -193,7 +193,7 @@ def test_steering_is_measured_beside_the_repair_when_asked(small: Small, tmp_pat
     folder = tmp_path / "runs" / "small"
     diagnostics = json.loads((folder / "evaluation.json").read_text())["diagnostics"]
     assert {"asr_seen", "asr_unseen", "over_refusal", "benign_compliance"} <= diagnostics["steering_baseline"].keys()
-    assert "SteerMoE" in (folder / "report.html").read_text()
+    assert '<th scope="col">Steering</th>' in (folder / "report.html").read_text()
 
 
 def recipe_for(organism: Organism, root: Path, tmp_path: Path) -> Path:
