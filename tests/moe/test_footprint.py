@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.moe.families import FAMILIES as EVERY_FAMILY
-from tests.tiny import FAMILIES, tiny_model
+from tests.tiny import FAMILIES, NUM_EXPERTS, tiny_model
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet, Member
 from trainer.moe.footprint import Footprint
+from trainer.moe.quantised import quantise
 
 NAMES, ROWS = ("a", "b", "c"), range(4)
 some_rows = st.none() | st.frozensets(st.sampled_from(ROWS))
@@ -64,7 +65,7 @@ def test_parameters_are_counted_as_by_hand(tied: bool, data: st.DataObject) -> N
         for name in data.draw(st.sets(st.sampled_from(sorted(parameters))))
     }
     footprint = Footprint(rows)
-    assert footprint.parameters(model) == by_hand(model, footprint)
+    assert footprint.parameters(Backbone.of(model)) == by_hand(model, footprint)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -74,10 +75,10 @@ def test_experts_and_routers_are_those_of_the_model(family: str) -> None:
     experts = ExpertSet((Member(0, 1), Member(0, 3), Member(2, 7)), {0: 8, 1: 8, 2: 8})
     footprint = Footprint.of_experts(backbone, experts)
     fused = sum(parameter.numel() for parameter in backbone.expert_parameters().values())
-    assert footprint.parameters(model) == fused // 24 * 3
+    assert footprint.parameters(Backbone.of(model)) == fused // 24 * 3
     routers = sum(parameter.numel() for parameter in backbone.router_parameters().values())
-    assert (footprint | Footprint.of_routers(backbone)).parameters(model) == fused // 24 * 3 + routers
-    assert Footprint.everything(model).parameters(model) == model.num_parameters()
+    assert (footprint | Footprint.of_routers(backbone)).parameters(backbone) == fused // 24 * 3 + routers
+    assert Footprint.everything(model).parameters(Backbone.of(model)) == model.num_parameters()
 
 
 def test_a_shared_expert_is_held_whole_where_the_set_names_it() -> None:
@@ -89,3 +90,32 @@ def test_a_shared_expert_is_held_whole_where_the_set_names_it() -> None:
     footprint = Footprint.of_experts(backbone, experts.with_shared([first.index]))
     assert set(footprint) - set(without) == set(first.shared_parameters())
     assert all(footprint.rows[name] is None for name in first.shared_parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_experts_are_counted_by_layer_and_by_parameters(family: str) -> None:
+    backbone = Backbone.of(tiny_model(family))
+    members = (Member(0, 1), Member(0, 5), Member(2, 7))
+    chosen = Footprint.of_experts(backbone, ExpertSet(members, dict.fromkeys(range(3), NUM_EXPERTS)))
+    assert chosen.experts(backbone) == {0: 2, 2: 1}
+    of_one = sum(p.numel() for p in backbone.expert_parameters().values()) // (3 * NUM_EXPERTS)
+    assert chosen.parameters(backbone) == 3 * of_one
+    routers = sum(p.numel() for p in backbone.router_parameters().values())
+    assert (chosen | Footprint.of_routers(backbone)).parameters(backbone) == 3 * of_one + routers
+
+
+def test_everything_is_every_expert_and_every_parameter() -> None:
+    backbone = Backbone.of(tiny_model())
+    every = Footprint.everything(backbone.model)
+    assert every.experts(backbone) == dict.fromkeys(range(3), NUM_EXPERTS)
+    assert every.parameters(backbone) == sum(p.numel() for p in backbone.model.parameters())
+    assert Footprint().experts(backbone) == {} and Footprint().parameters(backbone) == 0
+
+
+def test_packed_experts_count_as_what_they_pack() -> None:
+    pytest.importorskip("bitsandbytes")
+    backbone = Backbone.of(tiny_model("qwen3_moe"))
+    chosen = Footprint.of_experts(backbone, ExpertSet((Member(1, 3),), dict.fromkeys(range(3), NUM_EXPERTS)))
+    before = chosen.parameters(backbone)
+    quantise(backbone, "4bit", torch.device("cpu"))
+    assert chosen.parameters(backbone) == before > 0

@@ -21,15 +21,14 @@ from transformers import PreTrainedConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM, 
 from tests.tiny import tiny_model, tiny_tokenizer
 from trainer.engines import memory as engines
 from trainer.engines.engine import engine
+from trainer.methods.rasa.plan import critical, planned
+from trainer.methods.rasa.recipe import RasaRecipe
 from trainer.methods.table import recipe_of
 from trainer.model.reply import Reply
 from trainer.moe.backbone import Backbone
-from trainer.moe.expert_set import ExpertSet, Member
 from trainer.moe.experts import SplitModel
-from trainer.moe.trainable import Trained, WholeModel
-from trainer.planning.parts import critical_counts
+from trainer.moe.trainable import TrainableModel, WholeModel
 from trainer.planning.plan import plan
-from trainer.recipe.schema import Recipe
 from trainer.runtime.processes import PeakMemory, rank, world_size
 from trainer.training.repair import Stream, TrainingRow, repair_experts
 
@@ -45,7 +44,7 @@ def config() -> PreTrainedConfig:
     return Qwen3MoeConfig(**sizes, **experts, **heads, **tokens, tie_word_embeddings=False)
 
 
-def recipe(case: set[str]) -> Recipe:
+def recipe(case: set[str]) -> RasaRecipe:
     repair: dict[str, Any] = {
         "per_device_train_batch_size": ROWS,
         "max_length": LENGTH,
@@ -62,7 +61,9 @@ def recipe(case: set[str]) -> Recipe:
     data: dict[str, Any] = {"harmful": source, "benign": source, "borderline": source}
     data["jailbreaks"] = {"path": "x", "seen": ["a"], "unseen": ["b"]}
     tree = {"run": {"name": "x"}, "model": {"name_or_path": "x", "dtype": "bfloat16" if "bf16" in case else "float32"}}
-    return recipe_of({**tree, "data": data, "repair": repair}, source="x")
+    made = recipe_of({**tree, "data": data, "repair": repair}, source="x")
+    assert isinstance(made, RasaRecipe)
+    return made
 
 
 def rows(number: int, length: int) -> list[TrainingRow]:
@@ -72,22 +73,19 @@ def rows(number: int, length: int) -> list[TrainingRow]:
     return [TrainingRow("w1", Reply.written(text), streams[i % 2], "x") for i, text in enumerate(texts)]
 
 
-def held(case: set[str], model: Any, made: Recipe) -> Trained:
+def held(case: set[str], model: Any, made: RasaRecipe) -> TrainableModel:
     backbone = Backbone.of(model)
-    trained: Trained
+    trained: TrainableModel
     if "whole" in case:
         trained = WholeModel(backbone)
         engine().shard(trained.reference)
     else:
-        counts = critical_counts(made, backbone)
-        members = tuple(Member(layer.index, e) for layer, n in zip(backbone, counts, strict=True) for e in range(n))
-        sizes = {layer.index: layer.num_experts for layer in backbone}
-        trained = SplitModel(backbone, ExpertSet(members, sizes), lora_rank=made.repair.lora_rank)
+        trained = SplitModel(backbone, critical(made, backbone), lora_rank=made.repair.lora_rank)
     engine().shard(trained.backbone)
     return trained
 
 
-def stage(trained: Trained, made: Recipe, length: int) -> None:
+def stage(trained: TrainableModel, made: RasaRecipe, length: int) -> None:
     section = made.repair.model_copy(update={"max_length": length})
     with tempfile.TemporaryDirectory() as folder:
         repair_experts(trained, tiny_tokenizer(), rows(8 * ROWS, length), section, Path(folder), seed=0)
@@ -118,19 +116,19 @@ def run(name: str) -> dict[str, Any]:
     stage(trained, made, LENGTH)
     measured = peak.read()["peak_memory_mb"] - baseline / MIB
 
-    planned = plan(made, config(), gpus=world_size())
+    found = plan(made, planned(made), config(), gpus=world_size())
     # A bucket is reserved whole, and on the CPU only what is written to is resident.
-    engines.REDUCE_BUCKET = planned.parts.trainable["repair"]
+    engines.REDUCE_BUCKET = found.parts.trainable["repair"]
     zero = engine().zero_config
     engines.MAX_LIVE = int(zero.get("stage3_max_live_parameters", engines.MAX_LIVE))
     engines.PREFETCH = int(zero.get("stage3_prefetch_bucket_size", engines.PREFETCH))
-    chosen = next(m for m in planned.stages(engine().name) if m.stage == "repair")
+    chosen = next(m for m in found.stages(engine().name) if m.stage == "repair")
     parts = chosen.parts()
     if "whole" not in case:
         parts["beside"] = 0  # this stage stands alone
     else:
         sharers = world_size() if engine().capabilities.splits_parameters else 1
-        parts["beside"] = planned._held["detect"].weights // sharers
+        parts["beside"] = found._stock.weights // sharers
     predicted = sum(parts.values()) / MIB
     return {
         "case": name,

@@ -19,24 +19,36 @@ from tests.planning.measure import recipe as small_recipe
 from tests.tiny import FAMILIES, tiny_model
 from trainer.cli import app as cli
 from trainer.engines.memory import ENGINES
+from trainer.methods.rasa.plan import critical, planned, under_repair
+from trainer.methods.rasa.recipe import RasaRecipe
 from trainer.methods.table import recipe_of
 from trainer.moe.backbone import Backbone
 from trainer.moe.experts import SplitModel
+from trainer.planning import plan as planning
 from trainer.planning import rehearsal, workload
-from trainer.planning.parts import count, critical_counts, skeleton, under_repair
-from trainer.planning.plan import Plan, plan
-from trainer.planning.rehearsal import Shape, rehearse
+from trainer.planning.parts import count, on_meta
+from trainer.planning.plan import Plan
+from trainer.planning.planned import PlannedStage
+from trainer.planning.rehearsal import rehearse
 from trainer.planning.sizes import measure
-from trainer.recipe.schema import Recipe
-from trainer.training import consistency, repair
 from trainer.training.loop import parameter_counts
 
 
-def changed(made: Recipe, **sections: dict[str, Any]) -> Recipe:
+def changed(made: RasaRecipe, **sections: dict[str, Any]) -> RasaRecipe:
     tree = made.tree()
     for name, keys in sections.items():
         tree[name] |= keys
-    return recipe_of(tree, source="x")
+    again = recipe_of(tree, source="x")
+    assert isinstance(again, RasaRecipe)
+    return again
+
+
+def plan(made: RasaRecipe, config: PreTrainedConfig, *, gpus: int, gpu_memory_gb: float | None = None) -> Plan:
+    return planning.plan(made, planned(made), config, gpus=gpus, gpu_memory_gb=gpu_memory_gb)
+
+
+def stage_of(made: RasaRecipe, name: str) -> PlannedStage:
+    return next(stage for stage in planned(made).stages() if stage.name == name)
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +61,13 @@ def qwen3_30b() -> PreTrainedConfig:
 
 
 @pytest.fixture(scope="module")
-def on_8(qwen3_30b: PreTrainedConfig) -> Plan:
-    recipe = changed(small_recipe({"full"}), model={"dtype": "bfloat16"}, repair={"max_length": 512})
-    return plan(recipe, qwen3_30b, gpus=8, gpu_memory_gb=80)
+def big() -> RasaRecipe:
+    return changed(small_recipe({"full"}), model={"dtype": "bfloat16"}, repair={"max_length": 512})
+
+
+@pytest.fixture(scope="module")
+def on_8(big: RasaRecipe, qwen3_30b: PreTrainedConfig) -> Plan:
+    return plan(big, qwen3_30b, gpus=8, gpu_memory_gb=80)
 
 
 def test_published_sizes_are_counted(on_8: Plan) -> None:
@@ -64,12 +80,15 @@ def test_published_sizes_are_counted(on_8: Plan) -> None:
     assert (parts.routed_experts, parts.critical_experts) == (6144, 768)
     assert parts.critical * 8 == parts.experts  # detect.top_k is an eighth
     assert parts.trainable == {"repair": parts.critical, "consistency": parts.routers}
+    assert parts.footprint == parts.critical + parts.routers
+    assert parts.footprint_share == parts.footprint / parts.total
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parts_add_up_to_the_model(family: str) -> None:
     model = tiny_model(family)
-    parts = count(changed(small_recipe({"full"}), detect={"top_k": 4}), model.config)
+    made = changed(small_recipe({"full"}), detect={"top_k": 4})
+    parts = count(made.model, model.config, planned(made).footprint)
     named = [parts.embeddings, parts.attention, parts.experts, parts.shared_experts, parts.routers]
     assert sum([*named, parts.dense_mlps, parts.other]) == parts.total == sum(p.numel() for p in model.parameters())
     assert parts.dense_mlps == parts.shared_experts == 0
@@ -80,7 +99,8 @@ def test_parts_add_up_to_the_model(family: str) -> None:
 @given(k=st.integers(1, 23))
 def test_critical_experts_are_spread_evenly_from_the_first_layer(k: int) -> None:
     made = changed(small_recipe({"full"}), detect={"top_k": k})
-    counts = critical_counts(made, Backbone.of(skeleton(made.model, tiny_model().config)))
+    experts = critical(made, on_meta(made.model, tiny_model().config))
+    counts = [len(experts.by_layer().get(layer, [])) for layer in experts.experts_per_layer]
     assert sum(counts) == k
     assert max(counts) - min(counts) <= 1
     assert counts[0] == max(counts)
@@ -96,10 +116,10 @@ def test_a_top_k_that_takes_every_expert_is_refused() -> None:
 def test_trainable_parameters_are_those_of_the_real_stages(case: str) -> None:
     made = changed(small_recipe(set(case.split("+"))), detect={"top_k": 5})
     backbone = Backbone.of(tiny_model())
-    trained = under_repair(made, backbone, critical_counts(made, backbone))
+    trained = under_repair(made, backbone)
     trained.train_experts(routers=made.repair.train_gates)
-    planned = plan(made, tiny_model().config, gpus=1)
-    assert planned.parts.trainable["repair"] == parameter_counts(backbone.model)[0]
+    found = plan(made, tiny_model().config, gpus=1)
+    assert found.parts.trainable["repair"] == parameter_counts(backbone.model)[0]
 
 
 def test_shared_experts_of_the_edit_are_planned_like_the_real_ones() -> None:
@@ -107,19 +127,28 @@ def test_shared_experts_of_the_edit_are_planned_like_the_real_ones() -> None:
     model = next(family for family in MOE_FAMILIES if family.model_type == "qwen2_moe").build()
     backbone, without = Backbone.of(model), changed(made, detect={"shared_experts": False})
     shared = sum(p.numel() for p in backbone.shared_parameters().values())
-    trained = under_repair(made, backbone, critical_counts(made, backbone))
+    trained = under_repair(made, backbone)
     trained.train_experts()
-    planned = plan(made, model.config, gpus=1)
-    assert planned.parts.trainable["repair"] == parameter_counts(model)[0]
+    found = plan(made, model.config, gpus=1)
+    assert found.parts.trainable["repair"] == parameter_counts(model)[0]
     former = plan(without, model.config, gpus=1)
-    assert planned.parts.trainable["repair"] == former.parts.trainable["repair"] + shared
-    assert planned._held["repair"].twins == former._held["repair"].twins + 4 * shared
+    assert found.parts.trainable["repair"] == former.parts.trainable["repair"] + shared
+    assert found.parts.footprint == former.parts.footprint + shared
+    assert found._sizes["repair"].twins == former._sizes["repair"].twins + 4 * shared
 
 
-def test_what_the_stages_set_by_themselves_is_known() -> None:
-    key = "per_device_train_batch_size"
-    assert {"repair": repair.DEFAULTS[key], "consistency": consistency.DEFAULTS[key]} == workload.ROWS
-    assert repair.DEFAULTS["max_length"] == workload.MAX_LENGTH
+def test_stages_are_planned_with_the_defaults_that_they_train_with() -> None:
+    tree = small_recipe({"full"}).tree()
+    for name in ("repair", "consistency"):
+        del tree[name]
+    made = recipe_of(tree, source="x")
+    assert isinstance(made, RasaRecipe)
+    for name, section in (("repair", made.repair), ("consistency", made.consistency)):
+        training = stage_of(made, name).training
+        assert training is not None and training.section == section
+        assert training.length == made.repair.trainer_arguments["max_length"] == 512
+        rows, (step,) = training.rows, (s for s in plan(made, tiny_model().config, gpus=1).steps() if s.stage == name)
+        assert step.steps == 3 * -(-rows // section.trainer_arguments["per_device_train_batch_size"])
 
 
 @settings(max_examples=30, deadline=None)
@@ -129,10 +158,10 @@ def test_what_the_stages_set_by_themselves_is_known() -> None:
 def test_steps_pass_every_row_once_an_epoch(pairs: int, batch: int, processes: int, accumulation: int) -> None:
     keys = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "num_train_epochs": 1}
     made = changed(small_recipe({"full"}), detect={"max_pairs": pairs}, repair={**keys, "max_steps": -1})
-    found = workload.steps(made, processes)[0]
+    found = workload.steps(planned(made).stages(), processes)[0]
     a_step = batch * processes * accumulation
     assert (found.steps - 1) * a_step < found.rows <= found.steps * a_step
-    assert found.tokens == found.steps * a_step * workload.longest(made)
+    assert found.tokens == found.steps * a_step * 128
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -141,30 +170,36 @@ def test_steps_pass_every_row_once_an_epoch(pairs: int, batch: int, processes: i
 @pytest.mark.parametrize(
     ("family", "stage"), [("gpt_oss", "repair"), ("olmoe", "consistency"), ("qwen3_moe", "evaluate")]
 )
-def test_kinds_of_layers_multiplied_are_the_whole_model(family: str, stage: rehearsal.Stage) -> None:
+def test_kinds_of_layers_multiplied_are_the_whole_model(family: str, stage: str) -> None:
     config = tiny_model(family).config
     config.num_hidden_layers = 6
     if getattr(config, "layer_types", None):
         config.layer_types = ["sliding_attention", "full_attention"] * 3
-    made = changed(small_recipe({"full"}), detect={"top_k": 6})
-    counts, shape = [1] * 6, Shape(4, 24, 2 if stage == "repair" else 0)
-    forward, backward, start = rehearsal._on_layers(made, config, counts, range(6), stage, shape, False)
-    found = rehearse(made, config, counts, stage, shape, False)
+    rows = {"per_device_train_batch_size": 4}
+    repair = {"max_length": 24, "retain_loss": "kl", **rows}
+    made = changed(small_recipe({"full"}), detect={"top_k": 6}, repair=repair, consistency=rows)
+    made = changed(made, evaluate={"batch_size": 4})
+
+    def build() -> Backbone:
+        return on_meta(made.model, config)
+
+    forward, backward, start = rehearsal._on_layers(build, stage_of(made, stage), range(6), False)
+    found = rehearse(build, stage_of(made, stage), checkpointing=False)
     assert found.peak == pytest.approx(max(forward, backward), rel=0.02)
     assert found.temporary == pytest.approx(backward - start, rel=0.02)
 
 
-def test_checkpointing_saves_activations_and_quantisation_weights(on_8: Plan) -> None:
+def test_checkpointing_saves_activations_and_quantisation_weights(on_8: Plan, big: RasaRecipe) -> None:
     whole, saving = on_8.per_gpu("zero2", False), on_8.per_gpu("zero2", True)
     assert saving.activations < whole.activations / 2
     assert saving.weights == whole.weights
     packed = changed(
-        on_8.recipe,
+        big,
         model={"quantization": "4bit"},
         repair={"gradient_checkpointing": True},
         consistency={"gradient_checkpointing": True},
     )
-    assert plan(packed, on_8.config, gpus=8)._held["repair"].weights < saving.weights / 2
+    assert plan(packed, on_8.config, gpus=8)._sizes["repair"].weights < saving.weights / 2
 
 
 def test_quantised_tensors_are_those_that_quantise_packs() -> None:
@@ -173,14 +208,12 @@ def test_quantised_tensors_are_those_that_quantise_packs() -> None:
 
     backbone = Backbone.of(tiny_model("qwen3_moe"))
     made = changed(small_recipe({"full"}), detect={"top_k": 4})
-    trained = under_repair(made, backbone, critical_counts(made, backbone))
-    before = measure(backbone, made, trained, None)
-    for_4_bit = made.model_copy(update={"model": made.model.model_copy(update={"quantization": "4bit"})})
-    planned = before.weights - measure(backbone, for_4_bit, trained, None).weights
+    trained = under_repair(made, backbone)
+    saved = measure(trained).weights - measure(trained, "4bit").weights
     assert isinstance(trained, SplitModel)
     quantise(backbone, "4bit", torch.device("cpu"))
     elements = sum(m.shape.numel() for m in backbone.model.modules() if isinstance(m, Packed))
-    assert planned == pytest.approx(elements * (4 - 0.5625), abs=100)
+    assert saved == pytest.approx(elements * (4 - 0.5625), abs=100)
 
 
 def test_engines_split_what_they_say(on_8: Plan) -> None:

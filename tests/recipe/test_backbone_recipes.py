@@ -10,9 +10,10 @@ import pytest
 import transformers
 from transformers import PreTrainedConfig
 
+from trainer.methods.rasa.plan import planned
+from trainer.methods.rasa.recipe import RasaRecipe
 from trainer.methods.table import load_recipe
 from trainer.planning.plan import GB, plan
-from trainer.recipe.schema import Recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 HEADER = re.compile(
@@ -114,8 +115,10 @@ LARGEST = "qwen3-next-80b-a3b"  # half a minute of meta tensors
 PLANNED = [pytest.param(f, marks=pytest.mark.slow) if f == LARGEST else f for f in BACKBONES]
 
 
-def recipe_of(folder: str) -> Recipe:
-    return load_recipe(RECIPES / folder / "rasa.yaml")
+def recipe_of(folder: str) -> RasaRecipe:
+    recipe = load_recipe(RECIPES / folder / "rasa.yaml")
+    assert isinstance(recipe, RasaRecipe)
+    return recipe
 
 
 def published(folder: str) -> PreTrainedConfig:
@@ -148,7 +151,8 @@ def test_it_repairs_an_eighth_of_the_experts_in_batches_of_16(folder: str) -> No
 @pytest.mark.parametrize("folder", PLANNED)
 def test_it_fits_the_machine_that_it_names(folder: str) -> None:
     engine, gpus, used, host = machine(folder)
-    found = plan(recipe_of(folder), published(folder), gpus=gpus, gpu_memory_gb=80)
+    recipe = recipe_of(folder)
+    found = plan(recipe, planned(recipe), published(folder), gpus=gpus, gpu_memory_gb=80)
     *_, parameters, layers, experts = BACKBONES[folder]
     assert found.parts.total == pytest.approx(parameters, rel=2e-3)
     assert found.parts.routed_experts == layers * experts

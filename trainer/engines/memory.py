@@ -7,13 +7,14 @@ All sizes are bytes; `processes` is the number over which an engine splits.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Protocol
 
 from trainer.engines.table import TABLE, names
 
 ENGINES = tuple(TABLE)
 """From the cheapest in time to the dearest."""
 SPLIT_WEIGHTS = names(lambda e: e.splits_parameters)
+OFFLOADED = names(lambda e: e.offloads)
+ONE_PROCESS = names(lambda e: e.one_process)
 
 FP32 = 4
 # DeepSpeed's defaults, in elements; ds_configs/*.json leave them alone.
@@ -22,47 +23,41 @@ MAX_LIVE = 1_000_000_000
 PREFETCH = 50_000_000
 
 
-class Held(Protocol):
-    """What a model holds in a stage before an engine splits it, in bytes (`elements`: trained parameters).
+@dataclass(frozen=True)
+class StageSizes:
+    """Bytes of what a stage holds before any engine splits it. `elements`: the number of trained parameters.
 
-    `twins`: the original routers and shared experts, which no engine splits. `unit`: the largest part that is gathered
-    as one. `small`: tensors that ZeRO-3 never splits. `kept_views`: fused experts of which autograd keeps a transposed
-    view, so that ZeRO-3 frees a gathered one only after the backward pass. `gradients`: of everything that trains.
-    `states`, `states_fp32`: of the optimiser on the parameters, and on fp32 copies of them.
+    `twins`: the original routers and shared experts, which no engine splits. `copied`: the original, where that is a
+    second model. `unit`: the largest part that is gathered as one. `small`: tensors that ZeRO-3 never splits.
+    `kept_views`: fused experts of which autograd keeps a transposed view, so that ZeRO-3 frees a gathered one only
+    after the backward pass. `dequantised`: the largest layer unpacked, 0 where nothing is packed. `gradients`: of
+    everything that gets them. `states`, `states_fp32`: of the optimiser on the parameters, and on fp32 copies of them.
     """
 
-    @property
-    def weights(self) -> int: ...
-    @property
-    def weight_elements(self) -> int: ...
-    @property
-    def twins(self) -> int: ...
-    @property
-    def unit(self) -> int: ...
-    @property
-    def small(self) -> int: ...
-    @property
-    def kept_views(self) -> int: ...
-    @property
-    def elements(self) -> int: ...
-    @property
-    def gradients(self) -> int: ...
-    @property
-    def states(self) -> int: ...
-    @property
-    def states_fp32(self) -> int: ...
+    weights: int
+    weight_elements: int
+    twins: int
+    copied: int
+    unit: int
+    small: int
+    kept_views: int
+    dequantised: int = 0
+    elements: int = 0
+    gradients: int = 0
+    states: int = 0
+    states_fp32: int = 0
 
 
-class Transient(Protocol):
+@dataclass(frozen=True)
+class Transient:
     """Bytes of a step that come and go, gradients of parameters left out.
 
-    `peak`: most at any time; `temporary`: most beyond what the forward pass left for the backward pass.
+    `peak`: most at any time; `temporary`: most beyond what the forward pass left for the backward pass, which is what
+    remains of it when the last gradients arrive.
     """
 
-    @property
-    def peak(self) -> int: ...
-    @property
-    def temporary(self) -> int: ...
+    peak: int
+    temporary: int
 
 
 @dataclass(frozen=True)
@@ -90,10 +85,33 @@ class Memory:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "stage"}
 
 
+def processes_of(engine: str, processes: int) -> int:
+    """Of so many processes, those that the engine uses."""
+    return 1 if engine in ONE_PROCESS else processes
+
+
+def by_cost(processes: int) -> list[tuple[str, ...]]:
+    """The engines for so many processes, from the cheapest to the dearest. Between groups, checkpointing comes first:
+    it costs less time than splitting weights, and that less than moving them to the host."""
+    if processes == 1:
+        return [ONE_PROCESS]
+    groups = (
+        [e for e in ENGINES if e not in (*ONE_PROCESS, *SPLIT_WEIGHTS)],
+        [e for e in SPLIT_WEIGHTS if e not in OFFLOADED],
+        OFFLOADED,
+    )
+    return [tuple(group) for group in groups]
+
+
+def leanest(processes: int) -> str:
+    """The engine that leaves least on each GPU, short of moving weights to the host."""
+    return [engine for group in by_cost(processes) for engine in group if engine not in OFFLOADED][-1]
+
+
 def memory(
     engine: str,
     stage: str,
-    held: Held,
+    held: StageSizes,
     beside: int,
     step: Transient,
     processes: int,
@@ -146,18 +164,15 @@ def _busiest(step: Transient, at_end: int, throughout: int) -> tuple[int, int]:
     return max((throughout, step.peak), (at_end, step.temporary), key=sum)
 
 
-def host_memory(engine: str, stock: int, held: Held, gpus: int, processes: int, *, copied: bool) -> int:
+def host_memory(engine: str, stock: int, held: StageSizes, gpus: int, processes: int) -> int:
     """Bytes of the memory of the node that holds rank 0, the fullest.
 
     Every process reads the whole checkpoint there before it goes to its GPU. Where weights are split, the first one
     alone: the others hold a unit at a time, and what a split model has besides the stock one.
-
-    Args:
-        copied: the original is a second model (full fine-tuning).
     """
     reading = gpus * stock
     if engine in SPLIT_WEIGHTS:
-        besides = held.weights - stock + held.twins + (stock if copied else 0)
+        besides = held.weights - stock + held.twins + held.copied
         reading = stock + gpus * besides + (gpus - 1) * held.unit
     exporting = stock
     if engine == "zero3-offload":

@@ -66,14 +66,37 @@ class Footprint:
         allowed = self.rows.get(name, frozenset())
         return allowed is None or allowed.issuperset(rows)
 
-    def parameters(self, model: nn.Module) -> int:
-        """How many of a stock model's parameters it holds; tied ones count once, under whichever name it has them."""
+    def experts(self, backbone: Backbone) -> dict[int, int]:
+        """Layer index -> how many of its routed experts may change; layers without any are left out."""
+        found = {}
+        for layer in backbone:
+            names = [f"{layer.experts_name}.{name}" for name in expert_tensor_names(layer.experts)]
+            rows = [self.rows[name] for name in names if name in self.rows]
+            chosen: frozenset[int] = frozenset().union(*(some for some in rows if some is not None))
+            number = layer.num_experts if None in rows else len(chosen)
+            if number:
+                found[layer.index] = number
+        return found
+
+    def parameters(self, backbone: Backbone) -> int:
+        """How many of a stock model's parameters it holds; packed or split over processes, they count whole.
+
+        Tied ones count once, under whichever name it has them.
+        """
+        fused = backbone.expert_parameters()  # where these are packed, the model has them under another name
+        num_experts = {
+            f"{layer.experts_name}.{name}": layer.num_experts
+            for layer in backbone
+            for name in expert_tensor_names(layer.experts)
+        }
         held: dict[nn.Parameter, frozenset[int] | None] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
+        count_of: dict[nn.Parameter, int] = {}
+        for name, parameter in {**dict(backbone.model.named_parameters(remove_duplicate=False)), **fused}.items():
             if name in self.rows:
                 held[parameter] = _either(held.get(parameter, frozenset()), self.rows[name])
+                count_of[parameter] = num_experts.get(name) or len(parameter)
         return sum(
-            size(parameter) if rows is None else size(parameter) // parameter.shape[0] * len(rows)
+            size(parameter) if rows is None else size(parameter) // count_of[parameter] * len(rows)
             for parameter, rows in held.items()
         )
 

@@ -1,14 +1,11 @@
 """A model described from its configuration alone, built on torch's meta device: tensors have shapes but no bytes.
 
-What is counted are the real modules: the model that transformers builds, found by `Backbone.of` and split by
-`SplitModel` as a run would.
-
-Shapes: N critical experts, E experts of a layer.
+What is counted are the real modules: the model that transformers builds, found by `Backbone.of`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +16,10 @@ from data_prep.errors import UserError
 from trainer.model import load as loading
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet, Member
-from trainer.moe.experts import FusedExperts, SplitModel
-from trainer.moe.trainable import Trained, WholeModel
-from trainer.recipe.schema import ModelSection, Recipe, check_shared_experts
+from trainer.moe.experts import FusedExperts
+from trainer.moe.footprint import Footprint
+from trainer.moe.sharding import size
+from trainer.recipe.sections import ModelSection
 
 ATTENTION = ("attn", "attention", "conv", "mixer", "mamba")
 
@@ -42,8 +40,12 @@ class Parts:
     routed_experts: int
     """Number of routed experts."""
     critical_experts: int
+    """Number of routed experts that the edit may change."""
     critical: int
-    """Parameters of the critical experts."""
+    """Their parameters."""
+    footprint: int
+    """Parameters that the edit may change."""
+    footprint_share: float
     trainable: dict[str, int]
     """Training stage -> parameters that it trains."""
 
@@ -85,44 +87,48 @@ def skeleton(section: ModelSection, config: PreTrainedConfig) -> PreTrainedModel
     return loading.skeleton(config, dtype_of(section, config), trust_remote_code=section.trust_remote_code)
 
 
-def critical_counts(recipe: Recipe, backbone: Backbone) -> list[int]:
-    """How many experts of each MoE layer are taken for critical: `detect.top_k` of them, spread evenly.
+def on_meta(section: ModelSection, config: PreTrainedConfig) -> Backbone:
+    """The model's MoE layers, on the meta device.
 
     Raises:
-        UserError: `detect.top_k` selects none or all of the model's experts.
+        ValueError: it has none.
     """
-    sizes = [layer.num_experts for layer in backbone]
-    top_k, total = recipe.detect.top_k, sum(sizes)
-    k = round(top_k * total) if isinstance(top_k, float) else top_k
-    if not 1 <= k < total:
-        raise UserError(
-            f"detect.top_k: {top_k} selects {k} experts; allowed: 1 to {total - 1} (the model has {total})"
-        )
-    layers = len(sizes)
-    # From the first layer on: what lies below the first critical expert needs no gradient, so this is the worst case.
-    wanted = [(k * (i + 1) + layers - 1) // layers - (k * i + layers - 1) // layers for i in range(layers)]
-    return [min(n, size) for n, size in zip(wanted, sizes, strict=True)]
+    return Backbone.of(skeleton(section, config))
 
 
-def under_repair(recipe: Recipe, backbone: Backbone, counts: Sequence[int]) -> Trained:
-    """The model as the training stages hold it; `counts[i]` critical experts in MoE layer i."""
-    if recipe.repair.scope == "full":
-        return WholeModel(backbone)
-    members = tuple(Member(layer.index, e) for layer, n in zip(backbone, counts, strict=True) for e in range(n))
-    experts = ExpertSet(members, {layer.index: layer.num_experts for layer in backbone})
-    if recipe.detect.shared_experts:
-        check_shared_experts(recipe, backbone.model.config.model_type, backbone.shared_layers)
-        experts = experts.with_shared(backbone.shared_layers)
-    rank, alpha = recipe.repair.lora_rank, recipe.repair.lora_alpha
-    return SplitModel(backbone, experts, lora_rank=rank, lora_alpha=alpha)
+def spread_evenly(number: int, backbone: Backbone) -> ExpertSet:
+    """So many experts, as many in each MoE layer: what a plan takes for those that a run will choose.
+
+    From the first layer on: what lies below the first chosen expert needs no gradient, so this is the worst case.
+    """
+    layers = len(backbone)
+    wanted = [(number * (i + 1) + layers - 1) // layers - (number * i + layers - 1) // layers for i in range(layers)]
+    members = (
+        Member(layer.index, e)
+        for layer, n in zip(backbone, wanted, strict=True)
+        for e in range(min(n, layer.num_experts))
+    )
+    return ExpertSet(tuple(members), {layer.index: layer.num_experts for layer in backbone})
 
 
-def count(recipe: Recipe, config: PreTrainedConfig) -> Parts:
-    """Parameters by part; tied weights count once."""
-    model = skeleton(recipe.model, config)
-    backbone = Backbone.of(model)
-    counts = critical_counts(recipe, backbone)
-    named = dict(model.named_parameters())
+def would_change(footprint: Footprint, backbone: Backbone) -> dict[str, int]:
+    """How many experts and parameters of a stock model may change, and of how many."""
+    return {
+        "experts": sum(footprint.experts(backbone).values()),
+        "of_experts": backbone.total_experts,
+        "parameters": footprint.parameters(backbone),
+        "of_parameters": sum(size(parameter) for parameter in backbone.model.parameters()),
+    }
+
+
+def count(section: ModelSection, config: PreTrainedConfig, footprint_of: Callable[[Backbone], Footprint]) -> Parts:
+    """Parameters by part; tied weights count once.
+
+    Args:
+        footprint_of: what the edit may change in the model (`Planned.footprint`).
+    """
+    backbone = on_meta(section, config)
+    model, footprint = backbone.model, footprint_of(backbone)
     kinds: dict[int, str] = {}
 
     def put(module: nn.Module | None, kind: str) -> None:
@@ -136,18 +142,20 @@ def count(recipe: Recipe, config: PreTrainedConfig) -> Parts:
         put(layer.router, "routers")
         put(layer.shared, "shared_experts")
     sums = dict.fromkeys(("embeddings", "attention", "experts", "shared_experts", "routers", "dense_mlps", "other"), 0)
-    for name, parameter in named.items():
+    for name, parameter in model.named_parameters():
         sums[kinds.get(id(parameter)) or _by_name(name, parameter.ndim)] += parameter.numel()
     passed = sum(layer.top_k * _one_expert(layer.experts) for layer in backbone)
-    critical = sum(n * _one_expert(layer.experts) for layer, n in zip(backbone, counts, strict=True))
-    total = sum(sums.values())
+    critical = footprint.experts(backbone)
+    total, changing = sum(sums.values()), footprint.parameters(backbone)
     return Parts(
         total,
         total - sums["experts"] + passed,
         **sums,
         routed_experts=backbone.total_experts,
-        critical_experts=sum(counts),
-        critical=critical,
+        critical_experts=sum(critical.values()),
+        critical=sum(n * _one_expert(backbone.layer(index).experts) for index, n in critical.items()),
+        footprint=changing,
+        footprint_share=changing / total,
         trainable={},
     )
 

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
 from data_prep.errors import UserError
-from trainer.engines.memory import ENGINES, SPLIT_WEIGHTS, Memory, host_memory, memory
+from trainer.engines.memory import (
+    ENGINES,
+    OFFLOADED,
+    SPLIT_WEIGHTS,
+    Memory,
+    StageSizes,
+    Transient,
+    by_cost,
+    host_memory,
+    leanest,
+    memory,
+    processes_of,
+)
 from trainer.moe.backbone import Backbone
 from trainer.planning import workload
-from trainer.planning.parts import Parts, count, critical_counts, read_config, skeleton, under_repair
-from trainer.planning.rehearsal import Shape, Stage, Transient, rehearse
-from trainer.planning.sizes import OPTIMISERS, Held, measure
-from trainer.planning.workload import ROWS, Steps, batch_rows, longest
+from trainer.planning.parts import Parts, count, on_meta, read_config
+from trainer.planning.planned import Planned, PlannedStage
+from trainer.planning.rehearsal import rehearse
+from trainer.planning.sizes import OPTIMISERS, measure
+from trainer.planning.workload import Steps
 from trainer.recipe.schema import Recipe
 
 USABLE = 0.95
@@ -37,6 +50,7 @@ class Plan:
     """Memory is that of one process at the peak of the whole run, in bytes. `gpus` and `host_memory` are per node."""
 
     recipe: Recipe
+    planned: Planned
     config: PreTrainedConfig
     gpus: int
     nodes: int
@@ -51,8 +65,14 @@ class Plan:
 
     @property
     def checkpointing(self) -> bool:
-        """Whether the recipe's training stages use activation checkpointing."""
-        return workload.checkpointing(self.recipe.repair) and workload.checkpointing(self.recipe.consistency)
+        """Whether the recipe's training stages use activation checkpointing; False where nothing trains."""
+        sections = [stage.training.section for stage in self._run if stage.training is not None]
+        return bool(sections) and all(workload.checkpointing(section) for section in sections)
+
+    @property
+    def training(self) -> list[str]:
+        """Names of the stages that train."""
+        return [stage.name for stage in self._run if stage.training is not None]
 
     def stages(self, engine: str, checkpointing: bool | None = None) -> list[Memory]:
         """Every stage's peak in one process.
@@ -62,21 +82,20 @@ class Plan:
         """
         if engine not in ENGINES:
             raise UserError(f"engine: found {engine!r}; allowed: {', '.join(ENGINES)}")
-        processes = 1 if engine == "single" else self.processes
         found = []
-        for stage in workload.stages(self.recipe):
-            section = getattr(self.recipe, stage) if stage in ROWS else None
+        for stage in self._run:
             saves = accumulates = False
-            if section is not None:
+            if stage.training is not None:
+                section = stage.training.section
                 saves = workload.checkpointing(section) if checkpointing is None else checkpointing
                 accumulates = workload.argument(section, "gradient_accumulation_steps") > 1
             made = memory(
                 engine,
-                stage,
-                self._held[stage],
+                stage.name,
+                self._sizes[stage.name],
                 self._beside(stage, engine),
                 self._step(stage, saves),
-                processes,
+                processes_of(engine, self.processes),
                 accumulates=accumulates,
                 checkpointing=saves,
             )
@@ -100,11 +119,8 @@ class Plan:
 
     def host_memory(self, engine: str) -> int:
         """Bytes that the processes of the first node need in its own memory."""
-        processes = 1 if engine == "single" else self.processes
-        gpus = 1 if engine == "single" else self.gpus
-        last = workload.stages(self.recipe)[-1]
-        stock, copied = self._held["detect"].weights, self.recipe.repair.scope == "full"
-        return host_memory(engine, stock, self._held[last], gpus, processes, copied=copied)
+        gpus, processes = (processes_of(engine, number) for number in (self.gpus, self.processes))
+        return host_memory(engine, self._stock.weights, self._sizes[self._run[-1].name], gpus, processes)
 
     @property
     def recommended(self) -> Choice | None:
@@ -113,9 +129,7 @@ class Plan:
 
     def recommend(self, gpu_memory_gb: float | None) -> Choice | None:
         """The cheapest engine on GPUs of this size: checkpointing costs less time than splitting weights."""
-        whole = [e for e in ENGINES if e not in SPLIT_WEIGHTS and (e == "single") == (self.processes == 1)]
-        split = [e for e in SPLIT_WEIGHTS if self.processes > 1]
-        for engines in (whole, [e for e in split if e != "zero3-offload"], ["zero3-offload"] if split else []):
+        for engines in by_cost(self.processes):
             for checkpointing in sorted({self.checkpointing, True}):
                 for engine in engines:
                     if self.fits(engine, checkpointing, gpu_memory_gb):
@@ -124,21 +138,22 @@ class Plan:
 
     def advice(self, gpu_memory_gb: float | None = None) -> list[str]:
         """What to change where nothing fits, each with what it would save in the fullest stage."""
-        engine = "single" if self.processes == 1 else "zero3"
+        engine = leanest(self.processes)
         now = self.per_gpu(engine, True)
         size = gpu_memory_gb if gpu_memory_gb is not None else self.gpu_memory_gb
         found = []
-        for change, recipe, changed in workload.smaller(self.recipe):
-            known = {key: step for key, step in self._steps.items() if key[0] not in changed}
-            less = replace(self, recipe=recipe, _steps=known).per_gpu(engine, True)
+        for saving in self.planned.savings():
+            known = {key: step for key, step in self._steps.items() if key[0] not in saving.changed}
+            less = replace(self, planned=saving.planned, _steps=known).per_gpu(engine, True)
             if less.total < now.total:
                 enough = "" if size is None or less.total > USABLE * size * GB else ", which fits"
-                found.append(f"{change}: {less.total / GB:.1f} instead of {now.total / GB:.1f} GB{enough}")
-        return [*found, "more GPUs: zero3 and fsdp2 split the weights over all of them"]
+                found.append(f"{saving.words}: {less.total / GB:.1f} instead of {now.total / GB:.1f} GB{enough}")
+        splitting = " and ".join(name for name in SPLIT_WEIGHTS if name not in OFFLOADED)
+        return [*found, f"more GPUs: {splitting} split the weights over all of them"]
 
     def steps(self) -> list[Steps]:
-        """Optimiser steps and tokens of the training stages, from the most pairs that detection may keep."""
-        return workload.steps(self.recipe, self.processes)
+        """Optimiser steps and tokens of the training stages, at most."""
+        return workload.steps(self._run, self.processes)
 
     def json(self) -> dict[str, Any]:
         """Everything as plain values; sizes in bytes."""
@@ -170,66 +185,42 @@ class Plan:
 
     # --- what the stages hold ---------------------------------------------------------------------
 
-    def _beside(self, stage: str, engine: str) -> int:
-        """Another model held meanwhile: the copy that full fine-tuning compares with, the stock model that a sharded
-        run keeps beside the split one, the repaired model beside the random control, the reloaded one at export."""
-        stock = self._held["detect"].weights
-        if stage == "detect" or self.recipe.method == "steermoe":
-            return 0
-        full = self.recipe.repair.scope == "full"
-        control = not full and self.recipe.evaluate.random_control
-        reloaded = stage == "evaluate" and engine not in SPLIT_WEIGHTS
-        return stock * (int(full) + int(control or reloaded or engine in SPLIT_WEIGHTS))
+    @cached_property
+    def _run(self) -> list[PlannedStage]:
+        return list(self.planned.stages())
 
     @cached_property
-    def _counts(self) -> list[int]:
-        return critical_counts(self.recipe, Backbone.of(skeleton(self.recipe.model, self.config)))
+    def _stock(self) -> StageSizes:
+        return measure(self._model(), self.recipe.model.quantization)
 
     @cached_property
-    def _held(self) -> dict[str, Held]:
-        recipe = self.recipe
-        model = skeleton(recipe.model, self.config)
-        backbone = Backbone.of(model)
-        found = {"detect": measure(backbone, recipe, None, None)}
-        if recipe.detect.score == "saliency":
-            asked = [*backbone.expert_parameters().values(), *backbone.shared_parameters().values()]
-            gradients = sum(p.numel() * p.element_size() for p in asked)
-            found["detect"] = replace(found["detect"], gradients=gradients)
-        found["evaluate"] = found["detect"]
-        if recipe.method == "steermoe":
-            return found
-        trained = under_repair(recipe, backbone, self._counts)
-        trained.train_experts(routers=recipe.repair.train_gates)
-        found["repair"] = measure(backbone, recipe, trained, recipe.repair)
-        trained.train_routers()
-        found["consistency"] = measure(backbone, recipe, trained, recipe.consistency)
-        nothing = {"elements": 0, "gradients": 0, "states": 0, "states_fp32": 0}
-        found["evaluate"] = replace(found["repair"], **nothing)
+    def _sizes(self) -> dict[str, StageSizes]:
+        found = {}
+        for stage in self._run:
+            section = stage.training.section if stage.training is not None else None
+            found[stage.name] = measure(stage.hold(self._model()), self.recipe.model.quantization, section)
         return found
 
-    def _step(self, stage: str, checkpointing: bool) -> Transient:
-        if (stage, checkpointing) not in self._steps:
-            recipe, length = self.recipe, longest(self.recipe)
-            kind, name = checkpointing, cast(Stage, stage)
-            if stage in ROWS:
-                rows = batch_rows(recipe, stage)
-                shape = Shape(rows, length, workload.retained_rows(recipe) if stage == "repair" else 0)
-            elif stage == "detect" and recipe.detect.score == "saliency":
-                shape, kind, name = Shape(recipe.detect.batch_size, length), False, "saliency"
-            else:
-                section = recipe.detect if stage == "detect" else recipe.evaluate
-                rows = recipe.evaluate.batch_size  # which detection's replies are batched by, too
-                shape, kind = Shape(rows, length + section.max_new_tokens), False
-            step = rehearse(recipe, self.config, self._counts, name, shape, kind)
-            if stage in ROWS and self._held[stage].dequantised:
-                unit = self._held[stage].dequantised
-                step = Transient(step.peak + unit, step.temporary + unit)
-            self._steps[stage, checkpointing] = step
-        return self._steps[stage, checkpointing]
+    def _beside(self, stage: PlannedStage, engine: str) -> int:
+        """Bytes of other models held meanwhile, before splitting."""
+        copies = stage.copies_where_split if engine in SPLIT_WEIGHTS else stage.copies
+        return self._sizes[stage.name].copied + copies * self._stock.weights
+
+    def _step(self, stage: PlannedStage, checkpointing: bool) -> Transient:
+        key = stage.name, checkpointing
+        if key not in self._steps:
+            step = rehearse(self._model, stage, checkpointing=checkpointing)
+            unpacked = self._sizes[stage.name].dequantised if stage.training is not None else 0
+            self._steps[key] = Transient(step.peak + unpacked, step.temporary + unpacked)
+        return self._steps[key]
+
+    def _model(self) -> Backbone:
+        return on_meta(self.recipe.model, self.config)
 
 
 def plan(
     recipe: Recipe,
+    planned: Planned,
     config: PreTrainedConfig | None = None,
     *,
     gpus: int,
@@ -239,13 +230,14 @@ def plan(
     """Plan a recipe from its model's configuration alone; no weights are read and no GPU is needed.
 
     Args:
+        planned: the run, as the recipe's method has it (`Method.planned`).
         config: of the model; None: looked up as the recipe names it.
         gpus: per node.
         gpu_memory_gb: of one GPU, in 10^9 bytes; None: `Plan.fits` must be told.
 
     Raises:
-        UserError: a configuration that cannot be found, a count below one, or a key of the recipe that leaves open
-            how large a step is.
+        UserError: a configuration that cannot be found, a count below one, a key of the recipe that leaves open
+            how large a step is, or one that asks for what the model does not have.
         ValueError: a model without MoE layers.
     """
     for option, value in (("--gpus", gpus), ("--nodes", nodes)):
@@ -254,14 +246,13 @@ def plan(
     if gpu_memory_gb is not None and not gpu_memory_gb > 0:
         raise UserError(f"--gpu-memory: found {gpu_memory_gb}; allowed: the memory of one GPU in GB, such as 80")
     config = config or read_config(recipe.model)
-    made = Plan(recipe, config, gpus, nodes, gpu_memory_gb, count(recipe, config))
-    trained = {stage: made._held[stage].elements for stage in workload.stages(recipe) if stage in ROWS}
-    made.parts = replace(made.parts, trainable=trained)
-    longest(recipe)
-    for stage in trained:
-        optimiser = workload.optimiser(getattr(recipe, stage))
-        if optimiser not in OPTIMISERS:
-            made.notes.append(f"{stage}.optim: {optimiser} is not known here; reckoned like AdamW")
+    parts = count(recipe.model, config, planned.footprint)
+    made = Plan(recipe, planned, config, gpus, nodes, gpu_memory_gb, parts)
+    made.parts = replace(parts, trainable={name: made._sizes[name].elements for name in made.training})
+    for stage in made._run:
+        optimiser = workload.optimiser(stage.training.section) if stage.training is not None else None
+        if optimiser is not None and optimiser not in OPTIMISERS:
+            made.notes.append(f"{stage.name}.optim: {optimiser} is not known here; reckoned like AdamW")
     return made
 
 

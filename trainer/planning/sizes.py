@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
+from trainer.engines.memory import FP32, StageSizes
 from trainer.moe.backbone import Backbone, MoELayer, expert_tensor_names
 from trainer.moe.quantised import packable
 from trainer.moe.sharding import units
-from trainer.moe.trainable import Trained
+from trainer.planning.planned import Held
 from trainer.planning.workload import optimiser
-from trainer.recipe.schema import ConsistencySection, Recipe, RepairSection
+from trainer.recipe.section import TrainerSection
 
-FP32 = 4
 PERSISTENT = 100_000
 """Elements up to which ZeRO-3 leaves a tensor whole; DeepSpeed's default."""
 
@@ -41,66 +39,54 @@ OPTIMISERS: dict[str, tuple[float, bool]] = {
 }
 
 
-@dataclass(frozen=True)
-class Held:
-    """Bytes of a model in a stage. `elements`: the number of trained parameters.
-
-    `twins`: the original routers and shared experts, which no engine splits. `unit`: the largest part that is gathered
-    as one. `small`: tensors that ZeRO-3 never splits. `kept_views`: fused experts of which autograd keeps a transposed
-    view, so that ZeRO-3 frees a gathered one only after the backward pass. `dequantised`: the largest layer unpacked,
-    0 where nothing is packed. `gradients`: of everything that trains. `states`, `states_fp32`: of the optimiser on
-    the parameters, and on fp32 copies of them.
-    """
-
-    weights: int
-    weight_elements: int
-    twins: int
-    unit: int
-    small: int
-    kept_views: int
-    dequantised: int = 0
-    elements: int = 0
-    gradients: int = 0
-    states: int = 0
-    states_fp32: int = 0
-
-
-def measure(
-    backbone: Backbone, recipe: Recipe, trained: Trained | None, section: RepairSection | ConsistencySection | None
-) -> Held:
-    """Sizes of a model on the meta device; with `section`, of the stage that trains what requires gradients."""
+def measure(held: Held, quantization: str | None = None, section: TrainerSection | None = None) -> StageSizes:
+    """Sizes of what a stage holds, on the meta device; `section`: of a stage that trains what requires gradients."""
+    backbone = held if isinstance(held, Backbone) else held.backbone
     model = backbone.model
     parameters = list(model.parameters())
-    packed = _packed(backbone) if recipe.model.quantization is not None else set()
-    factor = PACKED.get(recipe.model.quantization or "", 0.0)
-    sizes = {id(p): round(p.numel() * factor) if id(p) in packed else p.numel() * p.element_size() for p in parameters}
-    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    packed = _packed(backbone) if quantization is not None else set()
+    factor = PACKED.get(quantization or "", 0.0)
+    sizes = {id(p): round(p.numel() * factor) if id(p) in packed else _bytes(p) for p in parameters}
     layers = units(backbone)
-    training = [p for p in parameters if section is not None and p.requires_grad]
+    asked = [p for p in parameters if p.requires_grad]
+    training = asked if section is not None else []
     elements = sum(p.numel() for p in training)
     state, by_byte = OPTIMISERS.get(optimiser(section), (2, True)) if section is not None else (0, False)
-    originals = [p for module in trained.originals for p in module.parameters()] if trained is not None else []
-    return Held(
-        weights=sum(sizes.values()) + buffers,
+    twins, copied = _originals(held)
+    return StageSizes(
+        weights=sum(sizes.values()) + sum(_bytes(b) for b in model.buffers()),
         weight_elements=sum(p.numel() for p in parameters),
-        twins=sum(_bytes(p) for p in originals),
+        twins=twins,
+        copied=copied,
         unit=max(sum(sizes[id(p)] for p in layer.parameters()) for layer in layers),
         small=sum(sizes[id(p)] for p in parameters if p.numel() <= PERSISTENT),
         kept_views=0 if packed else sum(_experts(layer) for layer in backbone if not layer.experts.is_transposed),
         dequantised=max(sum(_bytes(p) for p in layer.parameters()) for layer in layers) if packed else 0,
         elements=elements,
-        gradients=sum(_bytes(p) for p in training),
+        gradients=sum(_bytes(p) for p in asked),
         states=round(sum(state * (_bytes(p) if by_byte else p.numel()) for p in training)),
         states_fp32=round(elements * state * (FP32 if by_byte else 1)),
     )
+
+
+def _originals(held: Held) -> tuple[int, int]:
+    """Bytes of the original weights beside the model: of single modules, and of a second model."""
+    if isinstance(held, Backbone):
+        return 0, 0
+    twins = sum(_bytes(p) for module in held.originals for p in module.parameters())
+    with held.original() as original:
+        second = original.model
+    if second is held.model:
+        return twins, 0
+    return twins, sum(_bytes(tensor) for tensor in (*second.parameters(), *second.buffers()))
 
 
 def _experts(layer: MoELayer) -> int:
     return sum(_bytes(getattr(layer.experts, name)) for name in expert_tensor_names(layer.experts))
 
 
-def _bytes(parameter: Tensor) -> int:
-    return parameter.numel() * parameter.element_size()
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _packed(backbone: Backbone) -> set[int]:

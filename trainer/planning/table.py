@@ -26,6 +26,7 @@ def show(plan: Plan) -> None:
         "all": parts.total,
         "passed by one token": parts.active,
         f"critical experts ({parts.critical_experts})": parts.critical,
+        "may change (footprint)": parts.footprint,
         **{f"trained by {stage}": number for stage, number in parts.trainable.items()},
     }
     rows = [[name, f"{number / 1e6:,.1f} M", f"{number / parts.total:.1%}"] for name, number in shown.items()]
@@ -64,9 +65,8 @@ def _recommend(plan: Plan, size: float) -> None:
         for line in plan.advice(size):
             say(f"  {line}")
         return
-    more = (
-        " gradient_checkpointing=true in repair and consistency" if chosen.checkpointing > plan.checkpointing else ""
-    )
+    where = " and ".join(plan.training)
+    more = f" gradient_checkpointing=true in {where}" if chosen.checkpointing > plan.checkpointing else ""
     say(f"{size:g} GB: --engine {chosen.engine}{' with' if more else ''}{more}")
 
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from trainer.model.load import read_model, skeleton
 from trainer.model.weight_files import CheckpointFiles, bits
+from trainer.moe.backbone import Backbone
 from trainer.moe.footprint import Footprint
 from trainer.release.places import Places, changed_rows
 
@@ -114,7 +115,8 @@ class _Moved:
             self.outside.append(name)
 
     def summary(self, model: PreTrainedModel, footprint: Footprint, compared: str) -> dict[str, Any]:
-        inside, of = footprint.parameters(model), Footprint.everything(model).parameters(model)
+        backbone = Backbone.of(model)
+        inside, of = footprint.parameters(backbone), Footprint.everything(model).parameters(backbone)
         return {
             "untouched_identical": not self.outside if inside < of else None,
             "moved_outside": sorted(self.outside),
