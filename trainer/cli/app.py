@@ -87,18 +87,21 @@ def inspect(
     recipe: Annotated[Path | None, typer.Option(help="Say what this recipe would train.")] = None,
 ) -> None:
     """Show a model's routers and experts."""
-    from trainer.model import describe as preflight
+    from trainer.model.describe import description, print_table, read
 
     loaded = _recipe(recipe, None) if recipe else None
     section = loaded.model if loaded else None
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        found = preflight.describe(model, section.revision if section else None, section.dtype if section else "auto")
-    if not as_json:
-        preflight.print_table(found, loaded)
-    elif loaded:
-        print(json.dumps(found | {"would_train": preflight.would_train(found, loaded)}, indent=2))
-    else:
+        backbone = read(model, section.revision if section else None, section.dtype if section else "auto")
+    found = description(backbone)
+    if loaded is not None:
+        from trainer.planning.parts import would_change
+
+        found["would_train"] = would_change(_method(loaded).planned(loaded).footprint(backbone), backbone)
+    if as_json:
         print(json.dumps(found, indent=2))
+    else:
+        print_table(found)
 
 
 @app.command()
@@ -118,7 +121,8 @@ def plan(
     found, memory = machine()
     gpus, gpu_memory = found if gpus is None else gpus, memory if gpu_memory is None else gpu_memory
     with contextlib.redirect_stdout(sys.stderr):
-        made = make(_recipe(recipe, overrides), gpus=gpus, gpu_memory_gb=gpu_memory, nodes=nodes)
+        loaded = _recipe(recipe, overrides)
+        made = make(loaded, _method(loaded).planned(loaded), gpus=gpus, gpu_memory_gb=gpu_memory, nodes=nodes)
         as_text = json.dumps(made.json(), indent=2) if as_json else ""
     if as_json:
         print(as_text)

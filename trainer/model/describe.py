@@ -1,31 +1,30 @@
-"""What a repair would find in a model, before anything is trained."""
+"""A model's routers and experts, as `routealign inspect` shows them."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from trainer.model.load import load
 from trainer.moe.backbone import Backbone
 from trainer.moe.sharding import size
 from trainer.recipe.sections import ModelSection
-from trainer.runtime.console import table
+from trainer.runtime.console import say, table
 
 
-def describe(model_name: str, revision: str | None = None, dtype: str = "auto") -> dict[str, Any]:
-    """Load a model, check the module contract numerically and describe its MoE layers.
+def read(model_name: str, revision: str | None = None, dtype: str = "auto") -> Backbone:
+    """Load a model and check the module contract numerically.
 
     Raises:
         ValueError: no routers or experts found, or a router that breaks the contract; says which.
     """
     section = ModelSection.model_validate({"name_or_path": model_name, "revision": revision, "dtype": dtype})
     model, _ = load(section)
-    return description(model, Backbone.of(model).check())
+    return Backbone.of(model).check()
 
 
-def description(model: PreTrainedModel, backbone: Backbone) -> dict[str, Any]:
+def description(backbone: Backbone) -> dict[str, Any]:
     """Plain JSON values: the model's type and sizes, one entry per MoE layer, and what could be trained."""
+    model = backbone.model
     total = sum(size(p) for p in model.parameters())
     experts = sum(size(p) for p in backbone.expert_parameters().values())
     return {
@@ -57,7 +56,7 @@ def description(model: PreTrainedModel, backbone: Backbone) -> dict[str, Any]:
 
 
 def print_table(found: dict[str, Any]) -> None:
-    """The preflight as a table, one row per MoE layer."""
+    """A description as a table, one row per MoE layer, and what a recipe would change (`would_train`)."""
     columns = ["layer", "router", "experts", "top-k", "layout", "scoring", "shared"]
     rows = [
         [
@@ -76,3 +75,10 @@ def print_table(found: dict[str, Any]) -> None:
         f"{found['routed_experts']} experts, {found['parameters'] / 1e6:.1f} M parameters"
     )
     table(title, columns, rows)
+    if "would_train" in found:
+        plan = found["would_train"]
+        share = plan["parameters"] / plan["of_parameters"]
+        say(
+            f"the recipe trains {plan['experts']} of {plan['of_experts']} experts: "
+            f"{plan['parameters']:,} parameters ({share:.1%})"
+        )
