@@ -141,7 +141,7 @@ def test_the_reader_of_imports_sees_every_form(tmp_path: Path, monkeypatch: pyte
         "trainer.run",
         "trainer.moe.a",
         "trainer.moe.b.c",
-        "trainer.run.folder.Run",
+        "trainer.run.Run",
         "trainer.cli.app",
         "data_prep.errors.UserError",
     ]

@@ -8,8 +8,8 @@ import pytest
 
 from trainer import __version__
 from trainer.cli import app as cli
-from trainer.recipe.schema import Recipe
-from trainer.run.folder import Run
+from trainer.methods.rasa.recipe import RasaRecipe
+from trainer.pipeline.experiment import Opened
 
 Main = Callable[..., tuple[int, str, str]]
 
@@ -32,7 +32,7 @@ def main(capsys: pytest.CaptureFixture[str]) -> Main:
 @pytest.fixture
 def method(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Stands in for the method's module: the command's own work is what is tested here."""
-    stand_in = SimpleNamespace(run=lambda recipe, run: None, detect=lambda recipe, run: None)
+    stand_in = SimpleNamespace(run=lambda opened: None, detect=lambda opened: None)
     monkeypatch.setattr(cli, "_method", lambda recipe: stand_in)
     return stand_in
 
@@ -81,19 +81,18 @@ def test_a_foreign_folder(main: Main, recipe_file: Path, tmp_path: Path, method:
 def test_run_gives_the_method_the_recipe_and_the_folder(
     main: Main, recipe_file: Path, method: SimpleNamespace
 ) -> None:
-    seen: list[tuple[Recipe, Run]] = []
-    method.run = lambda recipe, run: seen.append((recipe, run))
+    seen: list[Opened[RasaRecipe]] = []
+    method.run = seen.append
     code, _, err = main("run", str(recipe_file), "run.seed=4", "--force", "detect.top_k=3")
     assert (code, err) == (0, "")
-    recipe, run = seen[0]
-    assert recipe.run.seed == 4 and recipe.detect.top_k == 3
-    assert (run.dir / "manifest.json").exists()
+    assert seen[0].recipe.run.seed == 4 and seen[0].recipe.detect.top_k == 3
+    assert (seen[0].folder / "manifest.json").exists()
     assert main("run", str(recipe_file), "run.seed=4")[0] == 0, "the folder is free again"
 
 
 def test_errors_of_the_method_become_one_line(main: Main, recipe_file: Path, method: SimpleNamespace) -> None:
-    def fails(error: Exception) -> Callable[[Recipe, Run], None]:
-        def run(recipe: Recipe, run: Run) -> None:
+    def fails(error: Exception) -> Callable[[object], None]:
+        def run(opened: object) -> None:
             raise error
 
         return run
@@ -119,7 +118,7 @@ def test_debug_shows_the_traceback_wherever_it_stands(main: Main, where: int) ->
 
 
 def test_an_interrupt_leaves_with_130(main: Main, recipe_file: Path, method: SimpleNamespace) -> None:
-    def interrupted(recipe: Recipe, run: Run) -> None:
+    def interrupted(opened: object) -> None:
         raise KeyboardInterrupt
 
     method.run = interrupted

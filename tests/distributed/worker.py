@@ -30,7 +30,7 @@ from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet, Member
 from trainer.moe.experts import SplitModel
 from trainer.moe.sharding import is_partitioned, size
-from trainer.moe.trainable import Trained, WholeModel
+from trainer.moe.trainable import TrainableModel, WholeModel
 from trainer.recipe.sections import ConsistencySection, ModelSection, RepairSection
 from trainer.runtime.processes import from_rank_0, rank, world_size
 from trainer.training import loop as watch
@@ -65,11 +65,11 @@ PAIRS = [
 
 def trained(
     lora_rank: int | None = None, dtype: torch.dtype = torch.float32, full: bool = False, shared: bool = False
-) -> Trained:
+) -> TrainableModel:
     """A split model; with `shared`, one of a family with shared experts, which train too."""
     family = next(family for family in FAMILIES if family.model_type == "qwen2_moe")
     backbone = Backbone.of(family.build().to(dtype) if shared else tiny_model(dtype=dtype)).check()
-    model: Trained
+    model: TrainableModel
     if full:
         model = WholeModel(backbone)
         engine().shard(model.reference)
@@ -84,7 +84,7 @@ def trained(
     return model
 
 
-def loaded(folder: Path) -> Trained:
+def loaded(folder: Path) -> TrainableModel:
     """A split model read from disk as a run reads it; embeddings and head are tied, and shared experts train."""
     checkpoint = folder / "checkpoint"
     if rank() == 0:
@@ -118,62 +118,62 @@ def arguments(accumulation: int = 1, **more: Any) -> dict[str, Any]:
     }
 
 
-def repair(model: Trained, folder: Path, **keys: Any) -> list[dict[str, float]]:
+def repair(model: TrainableModel, folder: Path, **keys: Any) -> list[dict[str, float]]:
     return repair_experts(model, TOKENIZER, ROWS, RepairSection(**arguments(**keys)), folder, seed=0).log
 
 
-def consistency(model: Trained, folder: Path, **keys: Any) -> list[dict[str, float]]:
+def consistency(model: TrainableModel, folder: Path, **keys: Any) -> list[dict[str, float]]:
     section = ConsistencySection(**arguments(**keys))
     return make_routing_consistent(model, TOKENIZER, PAIRS, section, folder, seed=0).log
 
 
-def case_full(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
+def case_full(folder: Path) -> tuple[TrainableModel, list[dict[str, float]]]:
     model = trained()
     return model, repair(model, folder) + consistency(model, folder)
 
 
-def case_lora(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
+def case_lora(folder: Path) -> tuple[TrainableModel, list[dict[str, float]]]:
     model = trained(lora_rank=4)
     return model, repair(model, folder)
 
 
-def case_gates(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
+def case_gates(folder: Path) -> tuple[TrainableModel, list[dict[str, float]]]:
     model = trained()
     return model, repair(model, folder, train_gates=True, routing="replay")
 
 
-def case_accumulation(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
+def case_accumulation(folder: Path) -> tuple[TrainableModel, list[dict[str, float]]]:
     model = trained()
     return model, repair(model, folder, accumulation=2, gradient_checkpointing=True)
 
 
-def case_checkpointing(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
+def case_checkpointing(folder: Path) -> tuple[TrainableModel, list[dict[str, float]]]:
     model = trained()
     more = {"gradient_checkpointing": True}
     return model, repair(model, folder, **more) + consistency(model, folder, **more)
 
 
-def case_bf16(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
+def case_bf16(folder: Path) -> tuple[TrainableModel, list[dict[str, float]]]:
     model = trained(dtype=torch.bfloat16)
     return model, repair(model, folder, train_gates=True) + consistency(model, folder)
 
 
-def case_shared(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
+def case_shared(folder: Path) -> tuple[TrainableModel, list[dict[str, float]]]:
     model = trained(lora_rank=4, shared=True)
     return model, repair(model, folder, gradient_checkpointing=True) + consistency(model, folder)
 
 
-def case_shared_bf16(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
+def case_shared_bf16(folder: Path) -> tuple[TrainableModel, list[dict[str, float]]]:
     model = trained(dtype=torch.bfloat16, shared=True)
     return model, repair(model, folder)
 
 
-def case_loaded(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
+def case_loaded(folder: Path) -> tuple[TrainableModel, list[dict[str, float]]]:
     model = loaded(folder)
     return model, repair(model, folder, retain_loss="kl") + consistency(model, folder)
 
 
-def case_whole(folder: Path) -> tuple[Trained, list[dict[str, float]]]:
+def case_whole(folder: Path) -> tuple[TrainableModel, list[dict[str, float]]]:
     model = trained(full=True)
     return model, repair(model, folder)
 

@@ -50,7 +50,7 @@ class Third:
             loss: Tensor = held.model(input_ids=ids, use_cache=False).logits.float().mean()
             return loss
 
-        tune = PlannedStage("tune", step, self.hold, Training(section, rows=40, length=LENGTH))
+        tune = PlannedStage("tune", step, self.hold, Training(section, rows=40, length=LENGTH, rounds=1))
         return [tune, PlannedStage("evaluate", replies(2, LENGTH), copies=1)]
 
     def hold(self, backbone: Backbone) -> Backbone:

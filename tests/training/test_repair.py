@@ -16,7 +16,7 @@ from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet, Member
 from trainer.moe.experts import SplitModel
 from trainer.moe.routing import record
-from trainer.moe.trainable import Trained, WholeModel
+from trainer.moe.trainable import TrainableModel, WholeModel
 from trainer.recipe.sections import RepairSection
 from trainer.training.loop import NonFiniteLossError
 from trainer.training.repair import ExpertRepairTrainer, Stream, TrainingRow, repair_experts
@@ -39,7 +39,7 @@ def split(family: str = "olmoe", **kwargs: Any) -> SplitModel:
     return SplitModel(backbone, ExpertSet(tuple(Member(*pair) for pair in CHOSEN), sizes))
 
 
-def train(trained: Trained, folder: Path, rows: list[TrainingRow] = ROWS, seed: int = 0, **keys: Any) -> Any:
+def train(trained: TrainableModel, folder: Path, rows: list[TrainingRow] = ROWS, seed: int = 0, **keys: Any) -> Any:
     """The stage with keys of the recipe's section, the trainer's own under `arguments`."""
     section = RepairSection(**{**FAST, **keys.pop("arguments", {})}, **keys)
     return repair_experts(trained, tiny_tokenizer(), rows, section, folder, seed)

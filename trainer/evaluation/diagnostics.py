@@ -17,12 +17,12 @@ from trainer.model.chat import batches, encode, pad_id
 from trainer.model.reply import Reply
 from trainer.moe.routing import record
 from trainer.moe.sharding import is_sharded
-from trainer.moe.trainable import Trained
+from trainer.moe.trainable import TrainableModel
 from trainer.runtime.processes import dealt, from_all_ranks
 
 
 def router_restore_gap(
-    trained: Trained, tokenizer: PreTrainedTokenizerBase, suite: Suite, after: dict[str, Any]
+    trained: TrainableModel, tokenizer: PreTrainedTokenizerBase, suite: Suite, after: dict[str, Any]
 ) -> float:
     """Rise of attack success (seen and unseen families pooled) when the original routers are put back.
 
@@ -41,7 +41,7 @@ def _pooled(metrics: dict[str, Any], roles: Sequence[str]) -> float:
 
 @torch.no_grad()
 def routing_drift(
-    trained: Trained, tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, Reply]], batch_size: int
+    trained: TrainableModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, Reply]], batch_size: int
 ) -> list[LayerDrift]:
     """Drift of every layer between the original and the repaired model on the same (prompt, reply) texts."""
     turns = [encode(tokenizer, prompt, answer) for prompt, answer in texts]

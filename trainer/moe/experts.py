@@ -23,7 +23,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 
 from trainer.moe.backbone import Backbone, expert_tensor_names
 from trainer.moe.expert_set import ExpertSet
-from trainer.moe.fp32_weights import Masters
+from trainer.moe.fp32_weights import Fp32Weights
 from trainer.moe.sharding import assign, gathered, whole
 
 FusedExperts = Any
@@ -169,10 +169,10 @@ class SplitModel:
             module.split_size, module.split_enabled = len(experts), True
             module.add_module(CHILD, critical)
         self.model.set_experts_implementation(IMPLEMENTATION)
-        self._routers = Masters(backbone.routers())
+        self._routers = Fp32Weights(backbone.routers())
         for index in expert_set.shared:
             backbone.layer(index).shared_trains = True
-        self._shared = Masters(self._shared_modules())
+        self._shared = Fp32Weights(self._shared_modules())
         if lora_rank is not None:
             self._add_lora(lora_rank, lora_alpha if lora_alpha is not None else 2.0 * lora_rank)
 

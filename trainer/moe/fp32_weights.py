@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 
-class Masters:
+class Fp32Weights:
     """Modules of a model (name -> module), made trainable; `restore_dtype` undoes it.
 
     `originals`: name -> a copy with the original weights, outside of the model.

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trainer.moe.backbone import Backbone
-from trainer.moe.fp32_weights import Masters
+from trainer.moe.fp32_weights import Fp32Weights
 from trainer.moe.sharding import assign, whole
 
 
-class Trained(Protocol):
+class TrainableModel(Protocol):
     """A model under repair: `SplitModel` (critical experts) or `WholeModel` (full fine-tuning, to compare with)."""
 
     backbone: Backbone
@@ -44,7 +44,7 @@ class WholeModel:
         self.reference = Backbone.of(copy.deepcopy(self.model).eval().requires_grad_(False))
         for layer, source in zip(self.reference, backbone, strict=True):
             layer.scoring = source.scoring
-        self._routers = Masters(backbone.routers())
+        self._routers = Fp32Weights(backbone.routers())
 
     @property
     def originals(self) -> list[nn.Module]:
@@ -89,6 +89,3 @@ class WholeModel:
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             value = whole(tensor)
             yield name, value.to(dtypes.get(name, value.dtype))
-
-
-TrainableModel = Trained

@@ -40,8 +40,8 @@ class Training:
     section: TrainerSection
     rows: int
     length: int
+    rounds: int
     passes: int = 1
-    rounds: int = 1
 
 
 @dataclass(frozen=True)

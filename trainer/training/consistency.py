@@ -22,7 +22,7 @@ from trainer.model.chat import Batch, ChatTurn, encode, pad, pad_id
 from trainer.model.reply import Reply
 from trainer.moe.routing import Trace, record
 from trainer.moe.sharding import is_sharded
-from trainer.moe.trainable import Trained
+from trainer.moe.trainable import TrainableModel
 from trainer.recipe.sections import ConsistencySection
 from trainer.training.loop import StageResult, arguments, configs_kept, stop_unless_finite, train
 from trainer.training.resume import ResumableTrainer
@@ -42,7 +42,7 @@ class ConsistencyRow:
 
 
 def make_routing_consistent(
-    trained: Trained,
+    trained: TrainableModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[ConsistencyRow],
     section: ConsistencySection,
@@ -87,7 +87,7 @@ class RoutingConsistencyTrainer(ResumableTrainer):
 
     def __init__(
         self,
-        trained: Trained,
+        trained: TrainableModel,
         section: ConsistencySection,
         folder: Path,
         tokenizer: PreTrainedTokenizerBase,

@@ -26,7 +26,7 @@ from trainer.model.chat import ChatTurn, encode, pad, pad_id
 from trainer.model.reply import Reply
 from trainer.moe.routing import Trace, flip_rate, pin, record
 from trainer.moe.sharding import is_sharded
-from trainer.moe.trainable import Trained
+from trainer.moe.trainable import TrainableModel
 from trainer.recipe.sections import RepairSection
 from trainer.training.loop import StageResult, arguments, configs_kept, stop_unless_finite, train
 from trainer.training.resume import ResumableTrainer
@@ -45,7 +45,7 @@ class TrainingRow:
 
 
 def repair_experts(
-    trained: Trained,
+    trained: TrainableModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[TrainingRow],
     section: RepairSection,
@@ -107,7 +107,7 @@ class ExpertRepairTrainer(ResumableTrainer, SFTTrainer):
 
     def __init__(
         self,
-        trained: Trained,
+        trained: TrainableModel,
         section: RepairSection,
         folder: Path,
         tokenizer: PreTrainedTokenizerBase,
