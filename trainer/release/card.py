@@ -15,7 +15,7 @@ from trainer.reporting.artefacts import Artefacts
 from trainer.reporting.figures import Figure, collect
 from trainer.reporting.templates import template
 from trainer.reporting.verdict import cautions, headline
-from trainer.runtime.redaction import is_local, portable, portable_tree
+from trainer.runtime.redaction import is_local, without_path, without_paths
 
 _TEMPLATE = Path(__file__).with_name("card.md.j2")
 _SOURCES = {
@@ -61,7 +61,7 @@ def model_card(
         base=_linked(base),
         base_argument=base if not is_local(base) else "BASE",
         trained=_trained(run.audit, edited),
-        facts=[(name, portable(value)) for name, value in sections.about(run)] + sections.what_changed(run),
+        facts=[(name, without_path(value)) for name, value in sections.about(run)] + sections.what_changed(run),
         experts=sections.experts_by_layer(run),
         rows=rows,
         cautions=cautions(run, figures),
@@ -123,15 +123,15 @@ def _source(key: str, data: dict[str, Any]) -> str:
     group, _, member = key.partition(".")
     if group == "capability":
         tasks = data.get("capability") or []
-        return next((portable(task["path"]) for task in tasks if task["name"] == member), member)
+        return next((without_path(task["path"]) for task in tasks if task["name"] == member), member)
     name = _SOURCES.get("asr" if group.startswith("asr") else group)
     found = data.get(name) if name else None
-    return portable(str(found.get("test_path") or found["path"])) if found else group
+    return without_path(str(found.get("test_path") or found["path"])) if found else group
 
 
 def _data(data: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     """(what, source, rows to train on, rows to evaluate on)."""
-    data = portable_tree(data)
+    data = without_paths(data)
     for name in ("harmful", "benign", "borderline"):
         if source := data.get(name):
             tested = f"{source['test']}" + (f" of {source['test_path']}" if source.get("test_path") else "")
@@ -151,7 +151,7 @@ def _licence(licence: Licence, base: str) -> str:
 
 
 def _linked(base: str) -> str:
-    return f"`{portable(base)}`" if is_local(base) else f"[{base}](https://huggingface.co/{base})"
+    return f"`{without_path(base)}`" if is_local(base) else f"[{base}](https://huggingface.co/{base})"
 
 
 def _cell(value: object) -> str:

@@ -22,7 +22,7 @@ from trainer.reporting.artefacts import Artefacts
 from trainer.reporting.figures import collect
 from trainer.runtime.console import say, table
 from trainer.runtime.files import sha256
-from trainer.runtime.redaction import is_local, portable_tree, without_tokens
+from trainer.runtime.redaction import is_local, without_paths, without_tokens
 
 PATCH = ("patch.safetensors", "patch.json")
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -128,8 +128,8 @@ def gather(run: Artefacts, made: Made, repo: str, *, patch_only: bool, edited: s
 def reproduction(run: Artefacts, made: Made) -> dict[str, Any]:
     """All it takes to make the run again and to see that it came out the same; paths are cut to their last part."""
     return asdict(made) | {
-        "recipe": portable_tree(made.recipe),
-        "expert_set": portable_tree(run.expert_set),
+        "recipe": without_paths(made.recipe),
+        "expert_set": without_paths(run.expert_set),
         "evaluation": run.evaluation,
         "audit": run.audit,
     }

@@ -34,7 +34,7 @@ from trainer.runtime.files import (
     tensor_errors_as_oserror,
     write_tensors,
 )
-from trainer.runtime.redaction import portable
+from trainer.runtime.redaction import without_path
 
 Format = Literal["routealign-patch-2", "routealign-patch-1"]
 """What this release reads; the first is what it writes. Format 1 does not say what may be touched."""
@@ -187,9 +187,11 @@ def write_patch(
         index_metadata = after.index["metadata"] if after.index is not None else None
         out.mkdir(parents=True, exist_ok=True)
         save_tensors(out / TENSORS, tensors)
-    found = None if expert_set is None else json.loads(expert_set.to_json()) | {"model": portable(expert_set.model)}
+    found = (
+        None if expert_set is None else json.loads(expert_set.to_json()) | {"model": without_path(expert_set.model)}
+    )
     about = About(
-        base=Base(name=portable(base_name), revision=revision),
+        base=Base(name=without_path(base_name), revision=revision),
         dtypes=sorted(dtypes),
         footprint={name: None if rows is None else sorted(rows) for name, rows in sorted(allowed.rows.items())},
         tensors=touched,

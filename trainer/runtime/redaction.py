@@ -18,18 +18,18 @@ def is_local(name: str) -> bool:
     return os.path.exists(name) or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
 
 
-def portable(name: str) -> str:
+def without_path(name: str) -> str:
     """A Hub id as it is; of a path on this machine its last part."""
     return (Path(name).name or Path(name).resolve().name) if is_local(name) else name
 
 
-def portable_tree(value: Any) -> Any:
+def without_paths(value: Any) -> Any:
     """Nested lists and mappings with every text made portable."""
     if isinstance(value, dict):
-        return {key: portable_tree(part) for key, part in value.items()}
+        return {key: without_paths(part) for key, part in value.items()}
     if isinstance(value, list):
-        return [portable_tree(part) for part in value]
-    return portable(value) if isinstance(value, str) else value
+        return [without_paths(part) for part in value]
+    return without_path(value) if isinstance(value, str) else value
 
 
 def without_tokens(text: str) -> str:
