@@ -24,7 +24,7 @@ def without_path(name: str) -> str:
 
 
 def without_paths(value: Any) -> Any:
-    """Nested lists and mappings with every text made portable."""
+    """Nested lists and mappings with every text without its path."""
     if isinstance(value, dict):
         return {key: without_paths(part) for key, part in value.items()}
     if isinstance(value, list):
