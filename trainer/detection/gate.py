@@ -10,7 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
 from transformers import PreTrainedTokenizerBase
 
 from data_prep.errors import UserError
@@ -84,17 +87,16 @@ def hidden_states(
 
 def _fitted(x_PD: NDArray[np.float32], labels_P: NDArray[np.int64]) -> tuple[NDArray[np.float64], float]:
     """Weights and bias on the raw features, standardisation folded in."""
-    mean_D, scale_D = x_PD.mean(0), x_PD.std(0) + 1e-6
-    probe = _probe().fit((x_PD - mean_D) / scale_D, labels_P)
-    weight_D = probe.coef_[0] / scale_D
-    return weight_D, float(probe.intercept_[0] - weight_D @ mean_D)
+    scaler, regression = _probe().fit(x_PD, labels_P)
+    weight_D = regression.coef_[0] / scaler.scale_
+    return weight_D, float(regression.intercept_[0] - weight_D @ scaler.mean_)
 
 
 def _held_out(x_PD: NDArray[np.float32], labels_P: NDArray[np.int64], groups_P: NDArray[np.int64]) -> float:
-    standard_PD = (x_PD - x_PD.mean(0)) / (x_PD.std(0) + 1e-6)
-    guessed_P = cross_val_predict(_probe(), standard_PD, labels_P, groups=groups_P, cv=GroupKFold(FOLDS))
-    return float(np.mean([(guessed_P[labels_P == label] == label).mean() for label in (0, 1)]))
+    """Balanced accuracy on the folds that a probe, its standardisation included, was not fitted on."""
+    guessed_P = cross_val_predict(_probe(), x_PD, labels_P, groups=groups_P, cv=GroupKFold(FOLDS))
+    return float(balanced_accuracy_score(labels_P, guessed_P))
 
 
-def _probe() -> LogisticRegression:
-    return LogisticRegression(C=C, class_weight="balanced", max_iter=1000)
+def _probe() -> Pipeline:
+    return make_pipeline(StandardScaler(), LogisticRegression(C=C, class_weight="balanced", max_iter=1000))

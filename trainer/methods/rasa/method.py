@@ -20,11 +20,12 @@ from functools import reduce
 from operator import or_
 from typing import Any
 
+from trainer.methods.rasa.footprint import may_change
 from trainer.methods.rasa.identify import Critical, identify
 from trainer.methods.rasa.plan import check_shared_experts, planned, would_change
 from trainer.methods.rasa.recipe import RasaRecipe
 from trainer.methods.rasa.report import report
-from trainer.methods.rasa.stages import ALL_READ, READS, Stages, footprint
+from trainer.methods.rasa.stages import ALL_READ, READS, Stages
 from trainer.moe.footprint import Footprint
 from trainer.pipeline import publish
 from trainer.pipeline.experiment import Experiment, Opened, Step
@@ -90,12 +91,14 @@ def export(stages: Stages, last: Step[Any]) -> dict[str, Any]:
     """The checkpoint and the proof that nothing outside the stages' footprints moved."""
     experiment, experts = stages.experiment, stages.critical.experts
     kinds = dict.fromkeys(kind for _, kind in experiment.recipe.training)
-    declared: Iterable[Footprint] = [footprint(experiment, experts, kind) for kind in kinds]
+    declared: Iterable[Footprint] = [
+        may_change(experiment.recipe, experiment.backbone, experts, kind) for kind in kinds
+    ]
     return publish.export_and_audit(
         experiment,
         experiment.recipe.export,
         lambda: publish.stock_of(experiment, stages.model, experiment.recipe.repair.lora_alpha),
-        reduce(or_, declared),
+        reduce(or_, declared, Footprint()),
         [last],
         None if experiment.recipe.repair.scope == "full" else experts,
     )

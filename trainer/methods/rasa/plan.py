@@ -9,6 +9,7 @@ from itertools import chain
 
 from data_prep.errors import UserError
 from trainer.detection.selection import resolve_k
+from trainer.methods.rasa.footprint import may_change
 from trainer.methods.rasa.recipe import RasaRecipe
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet
@@ -51,16 +52,6 @@ def critical(recipe: RasaRecipe, backbone: Backbone) -> ExpertSet:
     check_shared_experts(recipe, backbone.model.config.model_type, backbone.shared_layers)
     experts = parts.spread_evenly(number, backbone)
     return experts.with_shared(backbone.shared_layers) if detect.shared_experts else experts
-
-
-def may_change(recipe: RasaRecipe, backbone: Backbone, experts: ExpertSet, kind: str) -> Footprint:
-    """What a training stage may change in the stock model."""
-    if kind == "consistency":
-        return Footprint.of_routers(backbone)
-    if recipe.repair.scope == "full":
-        return Footprint.everything(backbone.model)
-    of_experts = Footprint.of_experts(backbone, experts)
-    return of_experts | Footprint.of_routers(backbone) if recipe.repair.train_gates else of_experts
 
 
 def under_repair(recipe: RasaRecipe, backbone: Backbone) -> TrainableModel:

@@ -1,4 +1,4 @@
-"""RASA, steps 2 and 3: what each training stage trains, on which rows, and what it may change."""
+"""RASA, steps 2 and 3: what each training stage trains, and on which rows."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from transformers import PreTrainedModel
 from trainer.methods.rasa.identify import Critical
 from trainer.methods.rasa.recipe import RasaRecipe
 from trainer.model.reply import Reply
-from trainer.moe.expert_set import ExpertSet
-from trainer.moe.footprint import Footprint
 from trainer.moe.trainable import TrainableModel
 from trainer.pipeline.experiment import Experiment
 from trainer.pipeline.train import Train, split
@@ -26,17 +24,6 @@ READS = {"repair": ["repair"], "consistency": ["repair", "consistency"]}
 ALL_READ = ["repair", "consistency", "schedule", "evaluate"]
 SHOWN = 64
 """Texts of a kind on which routing drift is measured."""
-
-
-def footprint(experiment: Experiment[RasaRecipe], experts: ExpertSet, kind: str) -> Footprint:
-    """What a stage may change."""
-    backbone, repair = experiment.backbone, experiment.recipe.repair
-    if kind == "consistency":
-        return Footprint.of_routers(backbone)
-    if repair.scope == "full":
-        return Footprint.everything(experiment.model)
-    of_experts = Footprint.of_experts(backbone, experts)
-    return of_experts | Footprint.of_routers(backbone) if repair.train_gates else of_experts
 
 
 @dataclass
