@@ -26,7 +26,7 @@ from trainer.recipe.sections import ExportSection
 from trainer.release.audit import audit_files
 from trainer.release.export import save_checkpoint
 from trainer.release.patch import apply_patch, write_patch
-from trainer.run.folder import Manifest, StageRecord
+from trainer.run.manifest import Manifest, StepRecord
 from trainer.runtime.files import sha256
 
 
@@ -67,7 +67,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     outputs = [
         path for path in run.rglob("*") if path.is_file() and (path.parent.name == "model" or "patch" in path.name)
     ]
-    stage = StageRecord(
+    stage = StepRecord(
         status="finished",
         inputs="0",
         started="2026-01-01T00:00:00+00:00",

@@ -13,8 +13,8 @@ import yaml
 
 from data_prep.organism.build import Organism, OrganismConfig, build
 from trainer.cli.app import main
+from trainer.methods.steermoe import report as steering_report
 from trainer.moe.steering_file import SteeringFile
-from trainer.reporting import steering_section
 from trainer.reporting.artefacts import read as artefacts_of
 
 KINDS = ("harmful", "benign", "borderline")
@@ -91,10 +91,10 @@ def test_a_run_leaves_every_artefact_and_its_steering_works_from_the_command_lin
     assert "60 experts asked" in found["steering"]["sweep"][-1]["impossible"]
 
     artefacts = artefacts_of(folder)
-    shown = dict(steering_section.facts(artefacts))
+    shown = dict(steering_report.report(artefacts).sections[0].facts)
     assert shown["Forced on every token of the probe prompts"] == "yes" and "Ungated: over_refusal" in shown
     assert "Attack success, bottom of the ranking" in shown
-    assert len(steering_section.sweep(artefacts)[1]) == 2
+    assert len(steering_report.report(artefacts).sections[0].rows) == 2
 
     goals = [json.loads(line)["prompt"] for line in (organism.data / "harmful.jsonl").read_text().splitlines()]
     for path in folder.rglob("*"):
