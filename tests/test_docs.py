@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 # Under these a key is a name from the run, not from us.
-NAMED_BY_THE_RUN = {"asr", "capability", "by_layer", "experts_per_layer", "top_k", "versions"}
+NAMED_BY_THE_RUN = {"asr", "capability", "changes", "by_layer", "experts_per_layer", "top_k", "versions"}
 
 RATE = {"rate", "n", "ci95", "unjudged"}
 RASA = {

@@ -19,13 +19,14 @@ from tests.release.hub_server import TOKEN, Hub, serving
 from tests.reporting.conftest import evaluation, made, rate
 from tests.tiny import tiny_model, tiny_tokenizer
 from trainer.cli.app import main
-from trainer.methods.table import load_recipe, recipe_of
+from trainer.methods.table import load_recipe, recipe_of, report_of
 from trainer.moe.expert_set import ExpertSet
 from trainer.pipeline.push import push
 from trainer.recipe.sections import ExportSection
 from trainer.release.audit import audit_files
 from trainer.release.export import save_checkpoint
 from trainer.release.patch import apply_patch, write_patch
+from trainer.reporting.method_report import MethodReport
 from trainer.run.manifest import Manifest, StepRecord
 from trainer.runtime.files import sha256
 
@@ -186,7 +187,7 @@ def test_the_card_says_what_was_edited_in_the_methods_words_or_by_the_audits_cou
     found = json.loads((finished / "audit.json").read_text())["footprint"]
     counted = f"Only {found['parameters']:,} of its {found['of']:,} parameters were open to change"
     for edited in ("Only the experts named below and the routers were trained.", None):
-        push(finished, "user/safer", dry_run=True, edited=edited)
+        push(finished, "user/safer", dry_run=True, report=lambda _, edited=edited: MethodReport(edited=edited))
         card = capfd.readouterr().out
         said = edited.removesuffix(".") if edited else counted
         assert f"{said}; every other weight is the base's, bit for bit." in card
@@ -223,7 +224,7 @@ def test_a_dry_run_prints_every_file_and_the_card_and_sends_nothing(
 ) -> None:
     out = printed(finished, "--dry-run", capfd=capfd)
     assert hub.requests == []
-    push(finished, "user/safer")
+    push(finished, "user/safer", report=report_of("rasa"))
     for name, content in hub.files["user/safer"].items():
         line = next(line for line in out.splitlines() if f" {name} " in line)
         assert f"{len(content):,}" in line

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from typing import Any, TypeVar
 
+from trainer.evaluation import paired
 from trainer.evaluation.diagnostics import router_restore_gap, routing_drift
 from trainer.evaluation.suite import Measurement
 from trainer.model.reply import Reply
@@ -60,6 +61,14 @@ def measure_alone(recipe: Recipe, model_or_run: str) -> Figures:
     with redirect_stdout(sys.stderr):
         experiment = Experiment.of(recipe.model_copy(update={"model": model}))
         return experiment.suite.measure(experiment.model, experiment.tokenizer, label="evaluate").metrics
+
+
+def changes(experiment: Experiment[Any]) -> dict[str, Any]:
+    """What `evaluate-before` and `evaluate-after` differ in, answer by answer; empty for a run without these steps."""
+    files = [experiment.folder / "stages" / f"evaluate-{side}" / "verdicts.jsonl" for side in ("before", "after")]
+    if not all(file.is_file() for file in files):
+        return {}
+    return paired.changes(*map(paired.read_verdicts, files))
 
 
 def diagnose(

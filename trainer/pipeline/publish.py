@@ -21,6 +21,7 @@ from trainer.moe.quantised import fuse_into, is_quantised
 from trainer.moe.sharding import is_sharded
 from trainer.moe.trainable import TrainableModel
 from trainer.pipeline.experiment import Experiment
+from trainer.pipeline.measure import changes
 from trainer.recipe.sections import ExportSection
 from trainer.release.audit import audit_files, reload_check
 from trainer.release.export import save_checkpoint
@@ -166,7 +167,7 @@ def publish(
     """Write `evaluation.json` and the report, and print the summary; rank 0."""
     if not is_main_process():
         return
-    versioned = {"version": EVALUATION_VERSION, **evaluation}
+    versioned = {"version": EVALUATION_VERSION, **evaluation, "changes": changes(experiment)}
     atomic_write(experiment.folder / "evaluation.json", json.dumps(versioned, indent=1))
     summary(versioned)
     say(f"report: {html.write(experiment.folder, report)}")

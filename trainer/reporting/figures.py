@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+ALPHA = 0.05
 Direction = Literal["lower", "higher"]
 Trend = Literal["better", "worse", "unclear", "unknown"]
 
@@ -27,7 +28,10 @@ _GROUPS: dict[str, tuple[str, Direction]] = {
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure: its key path in M, its wording, which way is good, and R before, after and of each control."""
+    """One figure: its key path in M, its wording, which way is good, and R before, after and of each control.
+
+    `paired`: the change answer by answer, where the run has it (`changes` of `evaluation.json`).
+    """
 
     key: str
     label: str
@@ -35,6 +39,7 @@ class Figure:
     before: dict[str, Any] | None
     after: dict[str, Any] | None
     controls: dict[str, dict[str, Any]]
+    paired: dict[str, Any] | None = None
 
     @property
     def change(self) -> float | None:
@@ -48,12 +53,18 @@ class Figure:
 
     @property
     def trend(self) -> Trend:
-        """ "better" or "worse" where the two 95 % intervals are disjoint, "unclear" where they overlap.
+        """ "better" or "worse" where the difference is more than chance, "unclear" where it may be chance.
 
-        Both sides answered the same prompts, so disjoint intervals ask for more than a paired test would.
+        Paired answers: the interval over goals leaves 0 out, and McNemar's p is below .05. Without them (capability,
+        runs of former releases): the two 95 % intervals are disjoint, which asks for more.
         """
         if not self.before or not self.after or self.direction is None:
             return "unknown"
+        if self.paired is not None:
+            low, high = self.paired["ci95"]
+            if low <= 0 <= high or self.paired["p"] >= ALPHA:
+                return "unclear"
+            return "better" if (low > 0) == (self.direction == "higher") else "worse"
         return compare(self.after, self.before, self.direction)
 
 
@@ -85,6 +96,7 @@ def collect(evaluation: Mapping[str, Any]) -> list[Figure]:
             before=before.get(key),
             after=after.get(key),
             controls={name: rates[key] for name, rates in controls.items() if key in rates},
+            paired=(evaluation.get("changes") or {}).get(key),
         )
         for key in sorted(keys, key=_rank)
     ]

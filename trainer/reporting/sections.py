@@ -19,7 +19,7 @@ _OUTCOMES = {
 _TREND_WORDS = {
     "better": "better",
     "worse": "worse",
-    "unclear": "within the intervals",
+    "unclear": "may be chance",
     "unknown": "",
 }
 
@@ -52,6 +52,9 @@ class TableRow:
 def table_row(figure: Figure) -> TableRow:
     """The line of one figure."""
     change = "" if figure.change is None else _signed(figure.change)
+    if figure.paired is not None:
+        low, high = figure.paired["ci95"]
+        change += f" [{_signed(low)}, {_signed(high)}]"
     controls = {name: found for name, rate in figure.controls.items() if (found := _cell(rate)) is not None}
     return TableRow(
         figure.key,
@@ -203,6 +206,10 @@ def _in_words(value: Any) -> str:
         return {True: "yes", False: "no", None: "not applicable"}[value]
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_in_words(part)}" for name, part in value.items())
+    if isinstance(value, int):
+        return f"{value:,}"
     if isinstance(value, list):
         more = f", and {len(value) - 5} more" if len(value) > 5 else ""
         return ", ".join(map(str, value[:5])) + more if value else "none"

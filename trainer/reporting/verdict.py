@@ -35,7 +35,7 @@ def percent(share: float) -> str:
 def headline(figures: Sequence[Figure]) -> tuple[str, list[str]]:
     """`(verdict, sentences)`: a judgement of a few words, and the figures it rests on (safety, then helpfulness).
 
-    "Dropped" and "at a cost" are said only of changes whose 95 % intervals before and after are disjoint.
+    "Dropped" and "at a cost" are said only of changes that are more than chance (`Figure.trend`).
     """
     by_key = {figure.key: figure for figure in figures}
     attacks = {name: by_key[key] for name, key in (("seen", "asr_seen"), ("unseen", "asr_unseen")) if key in by_key}
