@@ -17,22 +17,22 @@ from tests.distributed.test_parity import distance
 
 # module:function:call, counted on rank 0, which kills itself right before it.
 POINTS = {
-    "while pairs are built": "trainer.methods.rasa.method:build_pairs:1",
-    "while activations are counted": "trainer.methods.rasa.method:count_activations:1",
-    "between two files of detection": "trainer.methods.rasa.method:plots.save_heat_map:1",
-    "before detection is finished": "trainer.run.folder:Stage.finish:1",
+    "while pairs are built": "trainer.methods.rasa.identify:build_pairs:1",
+    "while activations are counted": "trainer.methods.rasa.identify:count_activations:1",
+    "between two files of detection": "trainer.methods.rasa.identify:plots.save_heat_map:1",
+    "before detection is finished": "trainer.run.folder:Run.write_manifest:2",
     "in the first evaluation": "trainer.evaluation.suite:Suite.measure:1",
     "before the first checkpoint": "trainer.training.loop:SaveAndStop.on_step_end:1",
     "in the first checkpoint": "trainer.training.resume:save_tensors:2",
     "after a checkpoint": "trainer.training.loop:SaveAndStop.on_step_end:3",
     "while an older checkpoint is removed": "trainer.training.resume:shutil.rmtree:3",
-    "before trained experts are saved": "trainer.methods.rasa.method:save_tensors:1",
-    "before repair is finished": "trainer.run.folder:Stage.finish:3",
+    "before trained experts are saved": "trainer.pipeline.train:save_tensors:1",
+    "before repair is finished": "trainer.run.folder:Run.write_manifest:6",
     "in the consistency stage": "trainer.training.loop:SaveAndStop.on_step_end:9",
     "in the second evaluation": "trainer.evaluation.suite:Suite.measure:2",
-    "while the checkpoint is audited": "trainer.pipeline.measure:audit_files:1",
-    "before the patch": "trainer.pipeline.measure:write_patch:1",
-    "before the report": "trainer.methods.rasa.method:html.write:1",
+    "while the checkpoint is audited": "trainer.pipeline.publish:audit_files:1",
+    "before the patch": "trainer.pipeline.publish:write_patch:1",
+    "before the report": "trainer.pipeline.publish:html.write:1",
 }
 FAST = {
     ("single", "after a checkpoint"),
