@@ -129,7 +129,7 @@ def _settings(section: SteerSection) -> list[dict[str, Any]]:
 def steering_baseline(
     experiment: Experiment[Any], section: SteerSection, asked: RepliesSection, after: Sequence[Step[Any]] = ()
 ) -> dict[str, Any]:
-    """SteerMoE by the recipe's `steer` section beside another method: the contract's M, ungated.
+    """SteerMoE by the recipe's `steer` section beside another method: an M (docs/evaluation-json.md), ungated.
 
     `experiment.model` must be the original model. Goes into `evaluation.json` as `diagnostics.steering_baseline`.
     """

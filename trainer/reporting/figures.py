@@ -79,7 +79,7 @@ def compare(ours: Mapping[str, Any], other: Mapping[str, Any], direction: Direct
 
 
 def is_rate(value: object) -> bool:
-    """Whether a value is an R of the contract."""
+    """Whether a value is an R (docs/evaluation-json.md)."""
     return isinstance(value, dict) and {"rate", "n", "ci95"} <= value.keys()
 
 
