@@ -142,6 +142,6 @@ def test_the_reader_of_imports_sees_every_form(tmp_path: Path, monkeypatch: pyte
         "trainer.moe.a",
         "trainer.moe.b.c",
         "trainer.run.Run",
-        "trainer.cli.app",
+        "trainer.cli",
         "data_prep.errors.UserError",
     ]

@@ -141,13 +141,13 @@ def test_an_interrupted_run_ends_in_the_same_weights(
     recipe = small()
     run("run", recipe, "run.name=whole")
 
-    from trainer.methods import rasa
+    from trainer.methods.rasa import stages
 
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(rasa, "make_routing_consistent", killed)
+        patched.setattr(stages, "make_routing_consistent", killed)
         with pytest.raises(SystemExit) as stopped:
             main(["run", str(recipe), "run.name=broken"])
         assert stopped.value.code == 130
