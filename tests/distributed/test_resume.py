@@ -125,7 +125,7 @@ def test_sigterm_in_training_saves_and_leaves_with_143(
 ) -> None:
     recipe = recipe_for(small, engine)
     ended = run(engine, tmp_path, recipe, kill="trainer.training.loop:SaveAndStop.on_step_end:3:TERM")
-    # torch.distributed.run turns every code into 1; launch.sh returns the worker's own (tests/frame/test_launch.py).
+    # torch.distributed.run turns every code into 1; launch.sh returns the worker's own (tests/cli/test_launch.py).
     assert ended.returncode == (143 if engine == "single" else 1)
     assert "the same command goes on from here" in ended.stdout
     folder = tmp_path / "runs" / "small" / "stages" / "1-repair-1"
