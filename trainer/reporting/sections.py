@@ -44,6 +44,7 @@ class TableRow:
     before: Cell | None
     after: Cell | None
     change: str
+    interval: str
     trend: str
     trend_words: str
     controls: dict[str, Cell]
@@ -52,9 +53,12 @@ class TableRow:
 def table_row(figure: Figure) -> TableRow:
     """The line of one figure."""
     change = "" if figure.change is None else _signed(figure.change)
+    interval, words = "", _TREND_WORDS[figure.trend]
     if figure.paired is not None:
         low, high = figure.paired["ci95"]
-        change += f" [{_signed(low)}, {_signed(high)}]"
+        interval = f"[{_signed(low)}, {_signed(high)}]"
+        if figure.paired["gained"] == figure.paired["lost"] == 0:
+            interval, words = "", "no answer turned"
     controls = {name: found for name, rate in figure.controls.items() if (found := _cell(rate)) is not None}
     return TableRow(
         figure.key,
@@ -62,8 +66,9 @@ def table_row(figure: Figure) -> TableRow:
         _cell(figure.before),
         _cell(figure.after),
         change,
+        interval,
         figure.trend,
-        _TREND_WORDS[figure.trend],
+        words,
         controls,
     )
 
