@@ -24,7 +24,7 @@ from trainer.moe.backbone import Backbone
 from trainer.moe.quantised import quantise
 from trainer.recipe.schema import Recipe
 from trainer.recipe.sections import RepliesSection
-from trainer.run.folder import Run, model_of
+from trainer.run.folder import Run
 from trainer.run.manifest import Manifest
 from trainer.run.step import Artefact, JsonFile, Kept, Step
 from trainer.runtime.console import say
@@ -36,7 +36,6 @@ __all__ = [
     "Kept",
     "Opened",
     "Step",
-    "checkpoint_of",
     "method_of_run",
     "opened",
     "reopened",
@@ -81,11 +80,6 @@ def reopened(folder: Path, recipe_of: Callable[..., Recipe]) -> Iterator[Opened[
 def method_of_run(folder: Path) -> str:
     """Name of the method that a run folder was made by. `UserError` where it is none."""
     return str(Manifest.read(folder).recipe.get("method"))
-
-
-def checkpoint_of(model_or_run: str) -> str:
-    """The repaired model's folder where a run folder is named, else the name itself."""
-    return model_of(model_or_run)
 
 
 @dataclass

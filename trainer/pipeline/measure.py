@@ -13,9 +13,10 @@ from trainer.evaluation.diagnostics import router_restore_gap, routing_drift
 from trainer.evaluation.suite import Measurement
 from trainer.model.reply import Reply
 from trainer.moe.trainable import TrainableModel
-from trainer.pipeline.experiment import Experiment, checkpoint_of
+from trainer.pipeline.experiment import Experiment
 from trainer.recipe.schema import Recipe
 from trainer.recipe.sections import ModelSection
+from trainer.run.folder import model_of
 from trainer.run.step import JsonFile, Kept, Step
 from trainer.runtime.console import table
 from trainer.runtime.files import atomic_write
@@ -53,7 +54,7 @@ def measure(
 def measure_alone(recipe: Recipe, model_or_run: str) -> Figures:
     """The figures of a recipe's data and evaluation on another model, or on a run's; nothing is kept."""
     model = ModelSection(
-        name_or_path=checkpoint_of(model_or_run),
+        name_or_path=model_of(model_or_run),
         dtype=recipe.model.dtype,
         trust_remote_code=recipe.model.trust_remote_code,
     )

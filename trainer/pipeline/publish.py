@@ -91,8 +91,8 @@ def export_and_audit(
             shutil.rmtree(folder)
         return audit
 
-    def write(audit: dict[str, Any]) -> None:
-        atomic_write(audit_path, json.dumps(audit, indent=1))
+    def written(_: dict[str, Any]) -> None:
+        """By `make`, before it refuses: a failed audit is there to be read."""
 
     def read() -> dict[str, Any]:
         found: dict[str, Any] = json.loads(audit_path.read_text())
@@ -101,7 +101,7 @@ def export_and_audit(
     def files() -> list[Path]:
         return [audit_path, *(path for path in (folder, *patch) if path.exists())]
 
-    return experiment.step("export", make, Kept(write, files, read), reads=["export", *reads], after=after).value
+    return experiment.step("export", make, Kept(written, files, read), reads=["export", *reads], after=after).value
 
 
 def _refuse_failed(audit: dict[str, Any], folder: Path) -> None:

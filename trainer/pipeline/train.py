@@ -108,7 +108,7 @@ def train_step(
         atomic_write(sizes, json.dumps(counts))
 
     def read() -> None:
-        if not holds_result:
+        if not holds_result:  # what was just written is what the model holds
             model.load_state_dict(load_file(state))
 
     step = experiment.step(name, make, Kept(write, lambda: [state, log, sizes], read), reads=reads, after=after)

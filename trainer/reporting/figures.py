@@ -103,13 +103,12 @@ def collect(evaluation: Mapping[str, Any]) -> list[Figure]:
 
 
 def control_metrics(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Models measured beside ours, by display name: random experts, full fine-tuning, where the run has them."""
+    """Models measured beside ours, by display name: random experts and the like, where the run has them."""
     diagnostics = evaluation.get("diagnostics") or {}
     named = {
         "Random experts": "random_control",
         "Bottom of the ranking": "bottom_control",
         "Steering": "steering_baseline",
-        "Full fine-tuning": "full_finetuning",
     }
     found = {name: diagnostics.get(key) for name, key in named.items()}
     return {name: metrics for name, metrics in found.items() if isinstance(metrics, dict) and metrics}

@@ -4,7 +4,7 @@ What is read, all but the first optional; keys that a file lacks are left out of
 
 - `evaluation.json`: `{"before": M, "after": M, "diagnostics": D}` as in docs/evaluation-json.md. Of D:
   `router_restore_gap`, `topk_flip_rate`, `gate_weights_changed` (share), `experts_changed`, `experts_total`,
-  `untouched_identical`, `random_control` and `full_finetuning` (each M or a part of it),
+  `untouched_identical`, `random_control` (M or a part of it),
   `drift_per_layer` [{layer, flip_rate, kl}], `parameters` {trained, total}, `cost` {name: number or text}.
 - `recipe.yaml`, shown as it is; `manifest.json`: name, created, seed, versions {name: version},
   stages {name: {status, seconds, peak_memory_mb, peak_gpu_memory_mb}}.
@@ -12,7 +12,7 @@ What is read, all but the first optional; keys that a file lacks are left out of
 - `activations.parquet`: columns layer, expert, score, ...; `expert_set.json`: `num_layers`, `experts_per_layer` or
   `num_experts`, `members` [{layer, expert, score, stability}].
 - `stages/<n>-<name>/log.json`: the trainer's log_history; `parameters.json`: {trained_parameters, total_parameters}.
-- `audit.json`: flat, name to value; `moved_outside` a list of tensor names, `reload_ok` a truth value.
+- `audit.json`: name to value; `moved_outside` lists tensor names, `footprint` is an object, `reload_ok` a truth value.
 """
 
 from pathlib import Path

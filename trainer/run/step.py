@@ -4,8 +4,9 @@
     repair = run.step("repair", train, kept, inputs=other, after=[pairs])
 
 A step is done when it finished with the same inputs, after steps with the same outputs, and its own outputs are still
-on disk with the same content. What a run goes on with is always what was read back from disk, so that a resumed run
-goes on with the same. Under several processes rank 0 decides and writes; the others follow, in the same order.
+on disk with the same content. What a run goes on with is what was read back from disk, so that a resumed run goes on
+with the same; the weights of a stage just trained alone are in memory already. Under several processes rank 0 decides
+and writes; the others follow, in the same order.
 """
 
 from __future__ import annotations
