@@ -6,11 +6,18 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from data_prep.errors import UserError
+from trainer.evaluation.clustered import Clusters
 from trainer.evaluation.judges.judge import Verdict
-from trainer.evaluation.paired import change, changes
+from trainer.evaluation.paired import Change, changes
+from trainer.evaluation.paired import change as change_of
 from trainer.evaluation.suite import JudgedReply, attack_metrics
 
 ANSWERS = st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.booleans()), min_size=1, max_size=40)
+
+
+def change(goals: list[str], before: list[bool], after: list[bool]) -> Change:
+    """Every goal asked in one template."""
+    return change_of(Clusters(goals, ["w"] * len(goals)), before, after)
 
 
 def attack(goal: int, wrapper: int, verdict: Verdict, role: str = "seen") -> JudgedReply:
@@ -28,7 +35,7 @@ def test_a_change_is_the_difference_of_the_rates_and_turns_round_with_its_sides(
     assert forth.difference == pytest.approx((sum(after) - sum(before)) / len(answers))
     assert (forth.gained, forth.lost, forth.p) == (back.lost, back.gained, back.p)
     assert forth.ci95[0] - 1e-9 <= forth.difference <= forth.ci95[1] + 1e-9
-    assert forth.goals == len(set(goals)) and change(goals, before, after) == forth, "seeded"
+    assert forth.goals == len(set(goals)) and forth.templates == 1
     same = change(goals, before, before)
     assert (same.difference, same.ci95, same.p) == (0.0, (0.0, 0.0), 1.0)
 

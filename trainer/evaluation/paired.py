@@ -1,8 +1,9 @@
 """Before and after on the same questions: is the difference more than chance?
 
 Both sides answered the same prompts, so their answers are compared one by one. One goal is asked in many wrappers and
-its answers hang together: the interval resamples goals, not answers (cluster bootstrap). McNemar's exact test asks
-beside it whether as many answers turned one way as the other; it is what keeps few prompts from looking certain.
+its answers hang together, and so do those in one wrapper: the interval is clustered both ways. An exact sign test over
+goals asks beside it whether as many turned one way as the other (McNemar's test, where a goal has one answer); it is
+what keeps few prompts from looking certain.
 """
 
 from __future__ import annotations
@@ -14,21 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest, bootstrap
+from scipy.stats import binomtest
 
 from data_prep.errors import UserError
 from data_prep.json_lines import read_json_lines
+from trainer.evaluation.clustered import Clusters, quantile, standard_error
 from trainer.evaluation.suite import PLAIN, ROLES, JudgedReply
 
-RESAMPLES = 2000
 Hit = Callable[[JudgedReply], bool]
 
 
 @dataclass(frozen=True)
 class Change:
-    """Rate after less rate before, its 95 % interval over goals, and McNemar's p.
+    """Rate after less rate before, its 95 % interval over goals and templates, and p of the sign test over goals.
 
-    `gained` and `lost`: answers that count now and did not before, and the other way round; `goals`: clusters.
+    `gained` and `lost`: answers that count now and did not before, and the other way round; `goals` and `templates`:
+    clusters.
     """
 
     difference: float
@@ -37,6 +39,7 @@ class Change:
     gained: int
     lost: int
     goals: int
+    templates: int
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"ci95": list(self.ci95)}
@@ -57,33 +60,23 @@ def changes(before: Sequence[JudgedReply], after: Sequence[JudgedReply]) -> dict
     for key, chosen, hit in _figures(after):
         of = [name for name, row in second.items() if chosen(row)]
         if of:
-            goals = [name[1] for name in of]
+            clusters = Clusters([name[1] for name in of], [name[2] for name in of])
             flags = [[hit(side[name]) for name in of] for side in (first, second)]
-            found[key] = change(goals, flags[0], flags[1]).as_dict()
+            found[key] = change(clusters, flags[0], flags[1]).as_dict()
     return found
 
 
-def change(goals: Sequence[str], before: Sequence[bool], after: Sequence[bool]) -> Change:
-    """Of paired answers, `goals[i]` being the goal of answer i. Seeded: the same answers give the same interval."""
-    turned = np.array(after, dtype=int) - np.array(before, dtype=int)
-    names, cluster = np.unique(goals, return_inverse=True)
-    sums = np.bincount(cluster, weights=turned)
-    counts = np.bincount(cluster)
-    difference = float(turned.mean())
-    interval = (difference, difference)
-    if len(names) > 1:
-        low, high = bootstrap(
-            (sums, counts),
-            lambda total, n, axis: total.sum(axis) / n.sum(axis),
-            paired=True,
-            method="percentile",
-            n_resamples=RESAMPLES,
-            rng=np.random.default_rng(0),
-        ).confidence_interval
-        interval = (float(low), float(high))
-    gained, lost = int((turned > 0).sum()), int((turned < 0).sum())
-    p = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-    return Change(difference, interval, p, gained, lost, len(names))
+def change(clusters: Clusters, before: Sequence[bool], after: Sequence[bool]) -> Change:
+    """Of paired answers, one for each goal and template in `clusters`."""
+    turned_N = np.array(after, dtype=float) - np.array(before, dtype=float)
+    difference = float(turned_N.mean())
+    half = quantile(clusters) * standard_error(turned_N, clusters)
+    interval = (max(difference - half, -1.0), min(difference + half, 1.0))
+    _, goal_N = np.unique(clusters.goals, return_inverse=True)
+    net_G = np.bincount(goal_N, weights=turned_N)
+    up, down = int((net_G > 0).sum()), int((net_G < 0).sum())
+    p = float(binomtest(up, up + down).pvalue) if up + down else 1.0
+    return Change(difference, interval, p, int((turned_N > 0).sum()), int((turned_N < 0).sum()), *clusters.sizes)
 
 
 def read_verdicts(path: Path) -> list[JudgedReply]:

@@ -55,8 +55,8 @@ class Figure:
     def trend(self) -> Trend:
         """ "better" or "worse" where the difference is more than chance, "unclear" where it may be chance.
 
-        Paired answers: the interval over goals leaves 0 out, and McNemar's p is below .05. Without them (capability,
-        runs of former releases): the two 95 % intervals are disjoint, which asks for more.
+        Paired answers: the clustered interval leaves 0 out, and the sign test's p is below .05. Without them
+        (capability, runs of former releases): the two 95 % intervals are disjoint, which asks for more.
         """
         if not self.before or not self.after or self.direction is None:
             return "unknown"
