@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,9 @@ def measured(launcher: list[str], cases: list[str], **environment: str) -> list[
         text=True,
         timeout=900,
     )
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case"')]
+    # Two processes write to one pipe: their lines can run together.
+    starts = [found.start() for found in re.finditer(r'\{"case"', done.stdout)]
+    found = [json.JSONDecoder().raw_decode(done.stdout, start)[0] for start in starts]
     assert done.returncode == 0 and found, done.stderr[-2000:]
     return found
 
