@@ -61,7 +61,9 @@ def applied(made: Path, patch: Path, out: Path) -> str:
     except UserError as error:
         assert sorted(out.parent.iterdir()) == around
         return str(error)
-    assert {path.name for path in out.iterdir()} == {path.name for path in (made / "base").iterdir()}
+    stored = load_file(out / "model.safetensors")
+    assert all(torch.equal(stored[name], t) for name, t in load_file(made / "exported/model.safetensors").items())
+    assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors"}
     shutil.rmtree(out)
     return ""
 
@@ -154,10 +156,17 @@ REFUSED: dict[str, tuple[Callable[[Tree], object], str]] = {
         lambda tree: tree.update(files={"other.safetensors": tree["files"]["model.safetensors"]}),
         "allowed without index_metadata: model.safetensors",
     ),
+    "an index beside the file that is loaded first": (
+        setting("index_metadata", to={}),
+        "allowed with index_metadata: other names than model.safetensors",
+    ),
     "a hidden file": (
         lambda tree: tree.update(files={".safetensors": tree["files"]["model.safetensors"]}),
         "names the file '.safetensors'",
     ),
+    "a list for a text": (setting("untouched", to=[1]), r"untouched: found \[1\] .list., allowed: a valid string"),
+    "a key too many": (setting("tensors", FUSED, "code", to="x"), f"tensors.{FUSED}.code: unknown key"),
+    "a key too few": (lambda tree: tree.pop("cast"), "cast: missing"),
     "no hash": (setting("untouched", to="0"), "untouched: found '0'.*a hex sha256"),
     "a revision that leads elsewhere": (
         setting("base", to={"name": "base", "revision": "../../x"}),

@@ -246,8 +246,7 @@ def read_patch(patch: Path) -> About:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: damaged or truncated: {error}") from error
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise UserError(f"{path}: {patch_checks.first_problem(error)}") from error
     if seal != _seal(content):
         raise UserError(f"{path}: altered; its content does not match its own hash")
     if sha256(patch / TENSORS) != about.patch_sha256:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from data_prep.errors import UserError
@@ -83,6 +84,17 @@ def _depth(value: Any) -> int:
     return depth
 
 
+def first_problem(error: ValidationError) -> str:
+    """Key, what was found and what is allowed, of the first key of another type than a patch has."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return f"{key}: missing"
+    if first["type"] == "extra_forbidden":
+        return f"{key}: unknown key"
+    return f"{key}: found {shown(first['input'])}, allowed: {first['msg'].removeprefix('Input should be ')}"
+
+
 # --- without the base -----------------------------------------------------------------------------
 
 
@@ -134,8 +146,12 @@ def _check_files(about: About, path: Path) -> None:
             raise UserError(f"{path}: files: names the file {file!r}; allowed: *.safetensors, without a folder")
         if not layout.tensors:
             raise UserError(f"{path}: files.{file}.tensors: found an empty list, allowed: names of tensors")
+    found = shown(list(about.files)[:3])
     if about.index_metadata is None and list(about.files) != [SINGLE]:
-        raise UserError(f"{path}: files: found {shown(list(about.files))}, allowed without index_metadata: {SINGLE}")
+        raise UserError(f"{path}: files: found {found}, allowed without index_metadata: {SINGLE}")
+    if about.index_metadata is not None and (not about.files or SINGLE in about.files):
+        # Beside an index it would be loaded instead of what the index names.
+        raise UserError(f"{path}: files: found {found}, allowed with index_metadata: other names than {SINGLE}")
     count = Counter(name for layout in about.files.values() for name in layout.tensors)
     twice = next((name for name, times in count.items() if times > 1), None)
     if twice is not None:
