@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 
 from data_prep.errors import UserError
 from tests.release.conftest import allowed, change
-from tests.release.hub_server import TOKEN, Hub, serving
+from tests.release.hub_server import TOKEN, Hub, Spoiled, serving
 from tests.reporting.conftest import evaluation, made, rate
 from tests.tiny import tiny_model, tiny_tokenizer
 from trainer.cli.app import main
@@ -687,3 +687,24 @@ def test_an_address_of_the_hub_that_is_none_is_refused_by_name(
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
     with pytest.raises(UserError, match=r"HF_ENDPOINT: found '.*', allowed: https://host"):
         push(finished, "user/safer")
+
+
+@pytest.mark.parametrize(
+    "answer", [None, (200, HTML, {}), (200, b"[]", {}), (200, b"{}", {}), (200, b"[" * 10**5, {})]
+)
+def test_a_base_on_a_hub_that_gives_no_answer_is_refused_in_one_line(
+    answer: Spoiled,
+    hub: Hub,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(hub_client, "SECONDS", 0.5)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    hub.spoiled["/owner/name/revision/main"] = hub.spoiled["/owner/name"] = answer
+    with pytest.raises(SystemExit) as stopped:
+        main(["apply", "owner/name", str(finished), "--out", str(tmp_path / "out")])
+    err = capfd.readouterr().err
+    assert stopped.value.code == 2 and "Traceback" not in err and not (tmp_path / "out").exists()
+    assert len([line for line in err.splitlines() if line.startswith("error: owner/name: ")]) == 1

@@ -53,7 +53,9 @@ def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; goes anywhere.")] = False,
 ) -> None:
     # `main` takes --debug out of the arguments; it is declared for the help page.
-    pass
+    from trainer.runtime.hub_client import limit_requests
+
+    limit_requests()
 
 
 @app.command()

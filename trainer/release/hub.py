@@ -24,7 +24,7 @@ from trainer.release.card import Licence, model_card
 from trainer.reporting.artefacts import Artefacts
 from trainer.reporting.figures import collect
 from trainer.runtime.console import say, table
-from trainer.runtime.hub_client import limit_requests
+from trainer.runtime.hub_client import NOT_UNDERSTOOD, limit_requests, not_understood
 from trainer.runtime.redaction import is_local, without_paths, without_secret_values, without_secrets
 
 PATCH = ("patch.safetensors", "patch.json")
@@ -42,9 +42,6 @@ class Recorded:
     path: Path
     sha256: str
 
-
-_NOT_UNDERSTOOD = (LookupError, TypeError, AttributeError, ValueError, AssertionError, RecursionError)
-"""What huggingface_hub raises of an answer that it takes apart without looking: a proxy's page, a list, a key less."""
 
 Uploads = dict[str, Recorded | bytes]
 """Path in the repository -> file on disk, or content."""
@@ -256,18 +253,14 @@ def _refusals(repo: str) -> Iterator[None]:
     """What the Hub refuses, and what it answers that is no answer, as one line."""
     try:
         yield
-    except (HTTPError, OSError, RuntimeError, *_NOT_UNDERSTOOD) as error:
+    except (HTTPError, OSError, RuntimeError, *NOT_UNDERSTOOD) as error:
         # huggingface_hub wraps a failed upload of a large file in a RuntimeError.
         cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
         if isinstance(cause, HTTPError | OSError):
             raise _refusal(repo, cause) from None
-        if not isinstance(cause, _NOT_UNDERSTOOD):
+        if not isinstance(cause, NOT_UNDERSTOOD):
             raise
-        what = without_secrets(f"{type(cause).__name__}: {cause}".splitlines()[0])
-        raise UserError(
-            f"{repo}: the Hub's answer cannot be understood ({what}); allowed: the JSON of its API, found at "
-            f"{constants.ENDPOINT}"
-        ) from error
+        raise not_understood(repo, cause) from error
 
 
 def _refusal(repo: str, error: Exception) -> UserError:

@@ -37,6 +37,7 @@ from trainer.runtime.files import (
     tensor_errors_as_oserror,
     write_tensors,
 )
+from trainer.runtime.hub_client import answers_understood
 from trainer.runtime.redaction import without_path
 
 Format = Literal["routealign-patch-2", "routealign-patch-1"]
@@ -277,7 +278,8 @@ def apply_patch(base: str, patch: Path, out: Path, revision: str | None = None) 
         raise UserError(
             f"BASE: found {base!r}, {'a file' if base else 'an empty name'}; allowed: a folder, or owner/name"
         )
-    folder = local_folder(base, revision or about.base.revision, others=True)
+    with answers_understood(base):
+        folder = local_folder(base, revision or about.base.revision, others=True)
     patch_checks.check_configs(about.configs, f"{patch / ABOUT}: configs", folder)
     with CheckpointFiles(folder) as before, _Content(patch, about) as content, new_folder(out) as partial:
         _check_base(before, content, about)

@@ -1,15 +1,19 @@
-"""How long the Hub may take: huggingface_hub waits for ever where a call sets no limit, which is most of them."""
+"""What the Hub may do to us: huggingface_hub waits for ever where a call sets no limit, and believes every answer."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from huggingface_hub import set_client_factory
+from huggingface_hub import constants, set_client_factory
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils._http import default_client_factory
+
+from data_prep.errors import UserError
+from trainer.runtime.redaction import without_secrets
 
 SECONDS = 30.0
 """For connecting, and for each wait for an answer or a part of one, where a call sets no limit of its own."""
@@ -20,6 +24,10 @@ LONGEST_WAIT = 60
 _BUSY = "another conflicting operation is in progress"
 
 
+NOT_UNDERSTOOD = (LookupError, TypeError, AttributeError, ValueError, AssertionError, RecursionError)
+"""What huggingface_hub raises of an answer that it takes apart without looking: a proxy's page, a list, a key less."""
+
+
 class HubSilentError(OSError):
     """The Hub does not answer, or not now; unlike a timeout of the library it is not tried again."""
 
@@ -27,6 +35,28 @@ class HubSilentError(OSError):
 def limit_requests() -> None:
     """Give every request of huggingface_hub a limit, from now on and in this process."""
     set_client_factory(_client)
+
+
+def not_understood(name: str, error: BaseException) -> UserError:
+    """The error for an answer about a repository that is none; returned, not raised."""
+    what = without_secrets(f"{type(error).__name__}: {error}".splitlines()[0])
+    return UserError(
+        f"{name}: the Hub's answer cannot be understood ({what}); allowed: the JSON of its API, found at "
+        f"{constants.ENDPOINT}"
+    )
+
+
+@contextmanager
+def answers_understood(name: str) -> Iterator[None]:
+    """Turn what the Hub answers that is no answer into a `UserError`; other errors of its say what they are."""
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except HTTPError as error:
+        raise UserError(f"{name}: the Hub cannot be reached: {without_secrets(str(error))}") from error
+    except NOT_UNDERSTOOD as error:
+        raise not_understood(name, error) from error
 
 
 def _client() -> Any:
