@@ -11,11 +11,17 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+Spoiled = tuple[int, bytes, dict[str, str]] | None
+"""(status, body, headers) of an answer as no Hub gives it; None: no answer."""
+
 TOKEN = "hf_" + "x1" * 17
 
 
 class Hub:
-    """One user, `user`. `files`: repository -> path -> content, as committed."""
+    """One user, `user`. `files`: repository -> path -> content, as committed.
+
+    `spoiled`: end of a path -> the answer to every request for it.
+    """
 
     def __init__(self) -> None:
         self.files: dict[str, dict[str, bytes]] = {}
@@ -23,6 +29,8 @@ class Hub:
         self.large: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.broken_uploads = False
+        self.spoiled: dict[str, Spoiled] = {}
+        self.closing = threading.Event()
         self.address = ""
 
     def answer(self, method: str, path: str, token: str, body: bytes) -> tuple[int, Any]:
@@ -99,6 +107,12 @@ def serving(hub: Hub) -> Iterator[Hub]:
 
     class Handler(BaseHTTPRequestHandler):
         def respond(self) -> None:
+            path = self.path.partition("?")[0]
+            for end, spoiled in hub.spoiled.items():
+                if path.endswith(end):
+                    self._body()
+                    hub.requests.append(f"{self.command} {path}")
+                    return self._spoiled(spoiled)
             status, content = hub.answer(
                 self.command, self.path.partition("?")[0], self.headers.get("Authorization", ""), self._body()
             )
@@ -108,6 +122,17 @@ def serving(hub: Hub) -> Iterator[Hub]:
             self.send_header("Content-Length", str(len(text)))
             if status == 404 and "not found" in str(content):
                 self.send_header("X-Error-Code", "RepoNotFound")
+            self.end_headers()
+            self.wfile.write(text)
+
+        def _spoiled(self, answer: Spoiled) -> None:
+            if answer is None:
+                hub.closing.wait()
+                return
+            status, text, headers = answer
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(text)), **headers}.items():
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(text)
 
@@ -133,6 +158,7 @@ def serving(hub: Hub) -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.closing.set()
         server.shutdown()
         server.server_close()
         thread.join()

@@ -205,13 +205,16 @@ REFUSALS: dict[str, tuple[Spoil, str]] = {
         lambda base, patch: (base / "model.safetensors").rename(base / "pytorch_model.bin"),
         "found pytorch_model.bin",
     ),
-    "another format": (reseal(lambda about: about.update(format="routealign-patch-3")), "format 'routealign-patch-3'"),
+    "another format": (
+        reseal(lambda about: about.update(format="routealign-patch-3")),
+        "format: found .routealign-patch-3.",
+    ),
     "no footprint": (reseal(lambda about: about.update(footprint=None)), "touches tensor '.*footprint leaves out"),
     "a tensor outside its footprint": (
         reseal(lambda about: about["footprint"].pop("model.layers.2.mlp.gate.weight")),
         "touches tensor 'model.layers.2.mlp.gate.weight', which its own footprint leaves out",
     ),
-    "not a patch": (lambda base, patch: (patch / "patch.json").write_text("[]"), "format 'list'"),
+    "not a patch": (lambda base, patch: (patch / "patch.json").write_text("[]"), "format: found .list."),
     "a wrong hash of the result": (reseal(first_hash), "does not give the exported one"),
     "a file outside the folder": (
         reseal(lambda about: about.update(files={"../x.safetensors": {"metadata": {}, "tensors": []}})),

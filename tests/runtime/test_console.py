@@ -56,3 +56,12 @@ def test_nested_bars_on_a_terminal_share_one_display(monkeypatch, capsys):
         for _ in console.progress(2, "broken"):
             raise RuntimeError("stop")
     assert console._display is None
+
+
+def test_what_a_terminal_would_act_upon_is_written_out(capsys):
+    console.say("a\x1b[31mred\x1b[0m\x9b\u202eb\nline\x07")
+    console.table("t\x1b", ["c\x1b"], [["x\x1b]0;title\x07"]])
+    assert list(console.progress(1, "l\x1b[2J")) == [0]
+    out, err = capsys.readouterr()
+    assert out.startswith("a\\x1b[31mred\\x1b[0m\\x9b\\u202eb\nline\\x07\n") and "\\x1b]0;title\\x07" in out
+    assert not set("\x1b\x9b\x07\u202e") & set(out + err)

@@ -17,7 +17,7 @@ import typer
 
 from trainer import __version__
 from trainer.runtime import signals
-from trainer.runtime.console import is_main_process, say
+from trainer.runtime.console import is_main_process, printable, say
 
 if TYPE_CHECKING:
     from trainer.methods.method import Method
@@ -53,7 +53,9 @@ def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; goes anywhere.")] = False,
 ) -> None:
     # `main` takes --debug out of the arguments; it is declared for the help page.
-    pass
+    from trainer.runtime.hub_client import limit_requests
+
+    limit_requests()
 
 
 @app.command()
@@ -260,7 +262,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _fail(message: str) -> None:
     rank = int(os.environ.get("RANK", "0"))
-    print(f"error: {f'[rank {rank}] ' if rank else ''}{' '.join(message.split())}", file=sys.stderr)
+    line = printable(" ".join(message.split()))
+    print(f"error: {f'[rank {rank}] ' if rank else ''}{line}", file=sys.stderr)
     sys.exit(USER_ERROR)
 
 

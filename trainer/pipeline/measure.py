@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any, TypeVar
 
 from data_prep.schema import Conversation
@@ -67,7 +68,12 @@ def measure_alone(recipe: Recipe, model_or_run: str) -> Figures:
 
 def changes(experiment: Experiment[Any]) -> dict[str, Any]:
     """What `evaluate-before` and `evaluate-after` differ in, answer by answer; empty for a run without these steps."""
-    files = [experiment.folder / "stages" / f"evaluate-{side}" / "verdicts.jsonl" for side in ("before", "after")]
+    return changes_in(experiment.folder)
+
+
+def changes_in(folder: Path) -> dict[str, Any]:
+    """The same of a run folder."""
+    files = [folder / "stages" / f"evaluate-{side}" / "verdicts.jsonl" for side in ("before", "after")]
     if not all(file.is_file() for file in files):
         return {}
     return paired.changes(*map(paired.read_verdicts, files))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from trainer.pipeline import evidence
 from trainer.release.hub import (
     Made,
     check_audit,
     check_finished,
     check_name,
     check_safer,
-    check_unchanged,
     gather,
     publish,
     show,
@@ -40,19 +40,21 @@ def push(
     """
     check_name(repo)
     manifest = Manifest.read(run_dir)
-    check_finished(run_dir, {name: stage.status for name, stage in manifest.stages.items()})
+    stages = manifest.stages
+    check_finished(run_dir, {name: stage.status for name, stage in stages.items()})
     run = artefacts.read(run_dir)
+    proven = evidence.check(manifest, stages, run)
     check_audit(run)
     check_safer(run)
-    check_unchanged(run_dir, manifest.stages["export"].outputs)
     made = Made(
         recipe=manifest.recipe,
         recipe_hash=manifest.recipe_hash,
         seed=manifest.seed,
         versions=manifest.versions,
-        stages={name: {"inputs": stage.inputs, "outputs": stage.outputs} for name, stage in manifest.stages.items()},
+        stages={name: {"inputs": stage.inputs, "outputs": stage.outputs} for name, stage in proven.items()},
     )
-    uploads = gather(run, made, repo, patch_only=patch_only, edited=report(run).edited if report else None)
+    edited = report(run).edited if report else None
+    uploads = gather(run, made, repo, proven["export"].outputs, patch_only=patch_only, edited=edited)
     if dry_run:
         show(uploads, repo)
         return None

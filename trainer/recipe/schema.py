@@ -90,8 +90,7 @@ class Recipe(Section):
         """
         tree = self.tree()
         chosen = {name: _at(tree, name) for name in sections} if sections else tree
-        canonical = json.dumps(chosen, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return tree_hash(chosen)
 
     def files(self, *sections: str) -> Iterator[str]:
         """What the keys of these sections name that are marked as files (`NamesFile`): paths, or Hub ids."""
@@ -99,6 +98,12 @@ class Recipe(Section):
             section = getattr(self, name)
             if isinstance(section, BaseModel):
                 yield from files_named(section)
+
+
+def tree_hash(tree: dict[str, Any]) -> str:
+    """Hex sha256 over the canonical JSON of a recipe as plain values, or of a part of one."""
+    canonical = json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _at(tree: dict[str, Any], name: str) -> Any:

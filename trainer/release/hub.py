@@ -8,26 +8,42 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, try_to_load_from_cache
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from yaml import YAMLError
 
 from data_prep.errors import UserError
+from trainer.model.weight_files import WEIGHTS
 from trainer.release.card import Licence, model_card
 from trainer.reporting.artefacts import Artefacts
 from trainer.reporting.figures import collect
 from trainer.runtime.console import say, table
-from trainer.runtime.files import sha256
-from trainer.runtime.redaction import is_local, without_paths, without_tokens
+from trainer.runtime.hub_client import NOT_UNDERSTOOD, limit_requests, not_understood
+from trainer.runtime.redaction import is_local, without_paths, without_secret_values, without_secrets
 
 PATCH = ("patch.safetensors", "patch.json")
+MODEL = "model/"
+_PROGRAMS = (".pyc", ".so", ".dll", ".dylib", ".exe", ".sh", ".bat", ".js", ".ipynb")
+_LARGEST_TEXT = 64 * 2**20
+"""Bytes; larger files are weights, and are not searched for secrets."""
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
-Uploads = dict[str, Path | bytes]
+
+@dataclass(frozen=True)
+class Recorded:
+    """A file that a step of the run wrote, with the hex sha256 that it had then."""
+
+    path: Path
+    sha256: str
+
+
+Uploads = dict[str, Recorded | bytes]
 """Path in the repository -> file on disk, or content."""
 
 
@@ -58,13 +74,6 @@ def check_finished(run_dir: Path, stages: Mapping[str, str]) -> None:
     if open_stages or missing or "export" not in stages:
         what = [f"stage {name} is not finished" for name in open_stages] + [f"no {name}" for name in missing]
         raise UserError(f"{run_dir}: this run is not finished ({(what or ['nothing was exported'])[0]}); run it again")
-
-
-def check_unchanged(run_dir: Path, outputs: Mapping[str, str]) -> None:
-    """`UserError` where an exported file (path in the run folder -> sha256) is not the one that was audited."""
-    for name, digest in outputs.items():
-        if not (run_dir / name).is_file() or sha256(run_dir / name) != digest:
-            raise UserError(f"{run_dir / name}: missing, or changed since the run's audit; export the run again")
 
 
 def check_audit(run: Artefacts) -> None:
@@ -99,37 +108,77 @@ def check_safer(run: Artefacts) -> None:
             )
 
 
+def check_kinds(files: Mapping[str, Recorded]) -> None:
+    """`UserError` where a file (path in the repository -> file) is of a kind that no checkpoint is made of.
+
+    Hidden files, pickled weights, programs, and code that no configuration names; a text that holds a secret.
+    """
+    named_code = any(_names_code(file.path) for name, file in files.items() if name.endswith("config.json"))
+    for name, file in files.items():
+        path = PurePosixPath(name)
+        hidden = any(part.startswith(".") and part != ".gitattributes" for part in path.parts)
+        pickled = path.suffix in WEIGHTS and path.suffix != ".safetensors"
+        if hidden or pickled or path.suffix in _PROGRAMS or (path.suffix == ".py" and not named_code):
+            what = "a hidden file" if hidden else "a pickle" if pickled else "code that no configuration names"
+            raise UserError(f"{file.path}: {what}, which is not pushed; take it out of the base and run again")
+        if file.path.stat().st_size <= _LARGEST_TEXT and path.suffix != ".safetensors":
+            text = file.path.read_bytes().decode(errors="replace")
+            if without_secrets(text) != text:
+                raise UserError(f"{file.path}: holds what looks like a password, key or token; it is not pushed")
+
+
+def _names_code(path: Path) -> bool:
+    try:
+        return "auto_map" in json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, RecursionError):
+        return False
+
+
 # --- what is uploaded -----------------------------------------------------------------------------
 
 
-def gather(run: Artefacts, made: Made, repo: str, *, patch_only: bool, edited: str | None = None) -> Uploads:
+def gather(
+    run: Artefacts,
+    made: Made,
+    repo: str,
+    exported: Mapping[str, str],
+    *,
+    patch_only: bool,
+    edited: str | None = None,
+) -> Uploads:
     """Every file of the commit: checkpoint, patch, card (which `edited` is for), reproduction.
 
+    Args:
+        exported: path in the run folder -> hex sha256 of what the export wrote; nothing else is uploaded.
+
     Raises:
-        UserError: the run kept no checkpoint, or no patch where only that is wanted.
+        UserError: the run kept no checkpoint, or no patch where only that is wanted; a file holds a secret, or is of a
+            kind that no checkpoint is made of.
     """
-    model, uploads = run.folder / "model", Uploads()
-    if not patch_only:
-        if not model.is_dir():
-            raise UserError(f"{run.folder}: this run holds no model/; export it, or use --patch-only")
-        uploads |= {path.relative_to(model).as_posix(): path for path in sorted(model.rglob("*")) if path.is_file()}
-    patch = {name: run.folder / name for name in PATCH if (run.folder / name).is_file()}
+    recorded = {name: Recorded(run.folder / name, digest) for name, digest in exported.items()}
+    model = {name.removeprefix(MODEL): file for name, file in recorded.items() if name.startswith(MODEL)}
+    patch = {name: recorded[name] for name in PATCH if name in recorded}
+    if not patch_only and not model:
+        raise UserError(f"{run.folder}: this run holds no model/; export it, or use --patch-only")
     if patch_only and len(patch) < len(PATCH):
         raise UserError(f"{run.folder}: this run holds no patch ({', '.join(PATCH)}); push the checkpoint instead")
-    uploads |= patch
+    files = patch if patch_only else model | patch
+    check_kinds(files)
     licence = licence_of(run.recipe.get("model") or {})
     has_patch = len(patch) == len(PATCH)
     card = model_card(run, repo, licence, has_model=not patch_only, has_patch=has_patch, edited=edited)
-    uploads["README.md"] = without_tokens(card).encode()
-    uploads["reproduction.json"] = without_tokens(json.dumps(reproduction(run, made), indent=1)).encode()
+    # Of the base's files of these names ours take the place.
+    uploads: Uploads = {**files}
+    uploads["README.md"] = without_secrets(card).encode()
+    uploads["reproduction.json"] = without_secrets(json.dumps(reproduction(run, made), indent=1)).encode()
     return uploads
 
 
 def reproduction(run: Artefacts, made: Made) -> dict[str, Any]:
-    """All it takes to make the run again and to see that it came out the same; paths are cut to their last part."""
+    """All it takes to make the run again and to see that it came out the same; paths are cut, secrets taken out."""
     return asdict(made) | {
-        "recipe": without_paths(made.recipe),
-        "expert_set": without_paths(run.expert_set),
+        "recipe": without_paths(without_secret_values(made.recipe)),
+        "expert_set": without_paths(without_secret_values(run.expert_set)),
         "evaluation": run.evaluation,
         "audit": run.audit,
     }
@@ -143,7 +192,10 @@ def licence_of(model: dict[str, Any]) -> Licence:
         found = try_to_load_from_cache(name, "README.md", revision=model.get("revision"))
     if not isinstance(found, str | Path) or not Path(found).is_file():
         return Licence()
-    data = ModelCard.load(found, ignore_metadata_errors=True).data
+    try:
+        data = ModelCard.load(found, ignore_metadata_errors=True).data
+    except (ValueError, YAMLError) as error:
+        raise UserError(f"{found}: the base's card cannot be read for its licence: {error}; mend it") from error
     return Licence(data.get("license"), data.get("license_name"), data.get("license_link"))
 
 
@@ -159,8 +211,8 @@ def show(uploads: Uploads, repo: str) -> None:
         say(content.decode())
 
 
-def _size(content: Path | bytes) -> int:
-    return len(content) if isinstance(content, bytes) else content.stat().st_size
+def _size(content: Recorded | bytes) -> int:
+    return len(content) if isinstance(content, bytes) else content.path.stat().st_size
 
 
 # --- upload ---------------------------------------------------------------------------------------
@@ -174,28 +226,46 @@ def publish(uploads: Uploads, repo: str, message: str, *, private: bool) -> str:
     Raises:
         UserError: the Hub refuses or cannot be reached, or the repository is public and must not be.
     """
+    if not re.fullmatch(r"https?://[^\s/:@\[\]]+(:\d{1,5})?(/\S*)?", constants.ENDPOINT):
+        raise UserError(f"HF_ENDPOINT: found {without_secrets(constants.ENDPOINT)!r}, allowed: https://host")
+    limit_requests()
     api = HfApi()
-    operations = [
-        CommitOperationAdd(path_in_repo=name, path_or_fileobj=content if isinstance(content, bytes) else str(content))
-        for name, content in uploads.items()
-    ]
-    try:
+    operations = []
+    for name, content in uploads.items():
+        data = content if isinstance(content, bytes) else str(content.path)
+        operation = CommitOperationAdd(path_in_repo=name, path_or_fileobj=data)
+        if isinstance(content, Recorded) and operation.upload_info.sha256.hex() != content.sha256:
+            raise UserError(f"{content.path}: changed while it was being pushed; export the run again")
+        operations.append(operation)
+    with _refusals(repo):
         api.create_repo(repo, private=private or None, exist_ok=True)
-        if private and not api.repo_info(repo).private:
+    if private:
+        with _refusals(repo):
+            found = api.repo_info(repo).private
+        if found is not True:
             raise UserError(f"{repo}: exists and is public; make it private on the Hub, or leave out --private")
+    with _refusals(repo):
         return str(api.create_commit(repo, operations, commit_message=message).commit_url)
-    except (HTTPError, OSError) as error:
-        raise _refusal(repo, error) from None
-    except RuntimeError as error:
-        # huggingface_hub wraps a failed upload of a large file.
-        if not isinstance(error.__cause__, HTTPError | OSError):
+
+
+@contextmanager
+def _refusals(repo: str) -> Iterator[None]:
+    """What the Hub refuses, and what it answers that is no answer, as one line."""
+    try:
+        yield
+    except (HTTPError, OSError, RuntimeError, *NOT_UNDERSTOOD) as error:
+        # huggingface_hub wraps a failed upload of a large file in a RuntimeError.
+        cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
+        if isinstance(cause, HTTPError | OSError):
+            raise _refusal(repo, cause) from None
+        if not isinstance(cause, NOT_UNDERSTOOD):
             raise
-        raise _refusal(repo, error.__cause__) from None
+        raise not_understood(repo, cause) from error
 
 
 def _refusal(repo: str, error: Exception) -> UserError:
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    first = without_tokens((str(error).strip() or type(error).__name__).splitlines()[0])
+    first = without_secrets((str(error).strip() or type(error).__name__).splitlines()[0])
     reasons = {
         401: "the Hub does not know you; log in with `hf auth login`, or set HF_TOKEN",
         403: "you may not write there; the token needs the right to write, and the name must be yours",

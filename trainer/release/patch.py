@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,9 +21,13 @@ from transformers import AutoConfig
 
 from data_prep.errors import UserError
 from trainer.model.load import skeleton
-from trainer.model.weight_files import INDEX, WEIGHTS, CheckpointFiles, bits, digest, is_weight_file, local_folder
+from trainer.model.weight_files import INDEX, WEIGHTS, CheckpointFiles, bits, digest, local_folder
 from trainer.moe.expert_set import ExpertSet
 from trainer.moe.footprint import Footprint
+from trainer.recipe.errors import shown
+from trainer.release import patch_checks
+from trainer.release.new_folder import check_new, new_folder
+from trainer.release.patch_checks import CONFIGS
 from trainer.release.places import Places, changed_rows
 from trainer.runtime.files import (
     atomic_write,
@@ -34,14 +37,13 @@ from trainer.runtime.files import (
     tensor_errors_as_oserror,
     write_tensors,
 )
+from trainer.runtime.hub_client import answers_understood
 from trainer.runtime.redaction import without_path
 
 Format = Literal["routealign-patch-2", "routealign-patch-1"]
 """What this release reads; the first is what it writes. Format 1 does not say what may be touched."""
 
 TENSORS, ABOUT = "patch.safetensors", "patch.json"
-CONFIGS = ("config.json", "generation_config.json")
-"""Files that say how weights are to be used: taken from the export. All other files are the base's."""
 
 
 class _Strict(BaseModel):
@@ -140,7 +142,8 @@ def write_patch(
         expert_set: the experts that were edited, where the method has a set: a description, nothing is made of it.
 
     Raises:
-        UserError: the base's files hold other tensors than the export's: the base is in an older or quantised format.
+        UserError: the base's files hold other tensors than the export's (the base is in an older or quantised format),
+            or the export's configuration says other than the base's what the model is.
         RuntimeError: something outside the footprint moved, which an audit would have said. Nothing is written.
         OSError: disk full or not writable; a patch written before stays as it was.
     """
@@ -156,6 +159,13 @@ def write_patch(
                 f"{base}: holds no tensor {unknown[0]!r}, so it is stored in another format than the export; "
                 "a patch needs a base in the present format"
             )
+        left_out = sorted(before.file_of.keys() - after.file_of.keys())
+        if left_out:
+            raise UserError(f"{base}: tensor {left_out[0]!r} is not in the export; a patch is of every tensor")
+        configs = {
+            name: (exported / name).read_text(encoding="utf-8") for name in CONFIGS if (exported / name).is_file()
+        }
+        patch_checks.check_configs(configs, str(exported), base)
         allowed = Places(skeleton(AutoConfig.from_pretrained(exported)), after.file_of).footprint(footprint)
         for name in sorted(after.file_of):
             old, new = before.tensor(name), after.tensor(name)
@@ -199,7 +209,7 @@ def write_patch(
         cast=cast,
         files=files,
         index_metadata=index_metadata,
-        configs={name: (exported / name).read_text() for name in CONFIGS if (exported / name).is_file()},
+        configs=configs,
         expert_set=found,
         recipe_hash=recipe_hash,
         versions=versions,
@@ -220,53 +230,30 @@ def read_patch(patch: Path) -> About:
     """Read and check a patch's two files.
 
     Raises:
-        UserError: one is missing, truncated or altered, or of another format; it touches what its own footprint leaves
-            out.
+        UserError: one is missing, truncated or altered, or of another format; it says what no patch may say
+            (`patch_checks`).
     """
     path = patch / ABOUT
     for needed in (path, patch / TENSORS):
         if not needed.is_file():
             raise UserError(f"{needed}: not found; a patch is a folder with {ABOUT} and {TENSORS}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = patch_checks.read_json(path.read_text(encoding="utf-8"), str(path))
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         if found not in get_args(Format):
-            raise UserError(f"{path}: format {found!r}, this release reads {' and '.join(get_args(Format))}")
+            raise UserError(f"{path}: format: found {shown(found)}, allowed: {' and '.join(get_args(Format))}")
         seal = content.pop("sha256", None)
         about = About.model_validate(content)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise UserError(f"{path}: damaged or truncated: {error}") from error
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise UserError(f"{path}: {patch_checks.first_problem(error)}") from error
     if seal != _seal(content):
         raise UserError(f"{path}: altered; its content does not match its own hash")
     if sha256(patch / TENSORS) != about.patch_sha256:
         raise UserError(f"{patch / TENSORS}: truncated or altered; its hash is not the one in {ABOUT}")
-    wrong = [file for file in about.files if not is_weight_file(file)]
-    wrong += [name for name in about.configs if name not in CONFIGS]
-    if wrong:
-        raise UserError(f"{path}: names the file {wrong[0]!r}; allowed: *.safetensors, {', '.join(CONFIGS)}")
-    outside = _outside_footprint(about)
-    if outside is not None:
-        raise UserError(f"{path}: touches {outside}, which its own footprint leaves out")
+    patch_checks.check_alone(about, path)
     return about
-
-
-def _outside_footprint(about: About) -> str | None:
-    """The first tensor or row that a patch touches and must not; format 1 allowed everything."""
-    if about.footprint is None and about.format == "routealign-patch-1":
-        return None
-    footprint = about.footprint or {}
-    for name, touched in about.tensors.items():
-        if name not in footprint:
-            return f"tensor {name!r}"
-        allowed = footprint[name]
-        if allowed is not None and touched.rows is None:
-            return f"all of tensor {name!r}"
-        if allowed is not None and touched.rows is not None and not set(touched.rows) <= set(allowed):
-            return f"row {min(set(touched.rows) - set(allowed))} of tensor {name!r}"
-    return None
 
 
 def apply_patch(base: str, patch: Path, out: Path, revision: str | None = None) -> Path:
@@ -283,12 +270,19 @@ def apply_patch(base: str, patch: Path, out: Path, revision: str | None = None) 
             already. Nothing is written.
         OSError: disk full or not writable; nothing is left behind.
     """
+    check_new(out, "--out")
     about = read_patch(patch)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists already; choose a new folder")
-    folder = local_folder(base, revision or about.base.revision, others=True)
-    with CheckpointFiles(folder) as before, _Content(patch, about) as content, _whole(out) as partial:
-        _check_base(before, about)
+    if revision is not None and Path(base).is_dir():
+        raise UserError(f"--revision: found {shown(revision)} with the local folder {base}; allowed: with a Hub id")
+    if not base or Path(base).is_file():
+        raise UserError(
+            f"BASE: found {base!r}, {'a file' if base else 'an empty name'}; allowed: a folder, or owner/name"
+        )
+    with answers_understood(base):
+        folder = local_folder(base, revision or about.base.revision, others=True)
+    patch_checks.check_configs(about.configs, f"{patch / ABOUT}: configs", folder)
+    with CheckpointFiles(folder) as before, _Content(patch, about) as content, new_folder(out) as partial:
+        _check_base(before, content, about)
         untouched = _Untouched()
         for file, layout in about.files.items():
             tensors = {}
@@ -306,10 +300,10 @@ def apply_patch(base: str, patch: Path, out: Path, revision: str | None = None) 
 
 
 class _Content:
-    """The tensors of a patch."""
+    """The tensors of a patch; `path`: of what says what they are."""
 
     def __init__(self, patch: Path, about: About) -> None:
-        self._about = about
+        self._about, self.path = about, patch / ABOUT
         self._files = CheckpointFiles(patch, TENSORS)
         if self._files.file_of.keys() != about.tensors.keys():
             raise UserError(f"{patch / TENSORS}: holds other tensors than {ABOUT} names")
@@ -318,16 +312,24 @@ class _Content:
         """The checkpoint's tensor, from the patch, the base's, or both."""
         touched = self._about.tensors.get(name)
         if touched is not None and touched.rows is None:
-            new = self._files.tensor(name)
+            new = self.stored(name)
         else:
             new = base.tensor(name)
-            if name in self._about.cast:
-                new = new.to(getattr(torch, self._about.cast[name]))
+            patch_checks.check_within(self._about, self.path, name, new)
+            new = patch_checks.cast(self._about, self.path, name, new)
             if touched is not None and touched.rows is not None:
-                new[torch.tensor(touched.rows)] = self._files.tensor(name)
+                new[torch.tensor(touched.rows)] = self.stored(name)
         if touched is not None and digest(new) != touched.after:
             raise UserError(f"{self._files.folder / TENSORS}: tensor {name!r} does not give the exported one")
         return new
+
+    def check_fits(self, name: str, old: Tensor) -> None:
+        """`UserError` unless what the patch holds of a tensor fits the base's, `old`."""
+        patch_checks.check_tensor(self._about, self.path, name, old, self.stored(name))
+
+    def stored(self, name: str) -> Tensor:
+        """What the patch holds of a tensor: all of it or its touched rows."""
+        return self._files.tensor(name)
 
     def __enter__(self) -> _Content:
         self._files.__enter__()
@@ -337,30 +339,15 @@ class _Content:
         self._files.__exit__(*error)
 
 
-def _check_base(before: CheckpointFiles, about: About) -> None:
-    missing = sorted({name for file in about.files.values() for name in file.tensors} - before.file_of.keys())
-    if missing:
-        raise UserError(f"{before.folder}: not the base of this patch ({about.base.name}): no tensor {missing[0]!r}")
+def _check_base(before: CheckpointFiles, content: _Content, about: About) -> None:
+    patch_checks.check_covers(about, content.path, before)
     for name, touched in about.tensors.items():
-        if digest(before.tensor(name)) != touched.before:
+        old = before.tensor(name)
+        if digest(old) != touched.before:
             raise UserError(
                 f"{before.folder}: not the base of this patch ({about.base.name}): tensor {name!r} differs"
             )
-
-
-@contextmanager
-def _whole(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place at the end, if nothing was raised."""
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        content.check_fits(name, old)
 
 
 def _write_other_files(base: Path, about: About, out: Path) -> None:

@@ -4,6 +4,7 @@ Results (`say`, `table`) go to standard output and progress to standard error, s
 """
 
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import TypeVar, overload
@@ -21,8 +22,21 @@ SECONDS_BETWEEN_LINES = 60.0
 # Wide enough for any table of ours; tables take only the width of their content.
 _LOG_WIDTH = 2000
 
+# What a terminal acts upon instead of showing it: control characters, and those that turn the direction of text.
+_ACTED_UPON = re.compile(
+    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]"
+)
+
 # The display now on screen. Nested loops add a row to it: two live displays would overwrite each other.
 _display: Progress | None = None
+
+
+def printable(text: str) -> str:
+    """The text with every character that a terminal would act upon written out; tabs and line ends stay.
+
+    What is shown may come from others: a file's name, a key of a patch, a model's reply.
+    """
+    return _ACTED_UPON.sub(lambda found: ascii(found.group())[1:-1], text)
 
 
 def is_main_process() -> bool:
@@ -62,7 +76,7 @@ def _with_bar(items: Iterable[T], label: str, total: int | None, console: Consol
         _display = Progress(*columns, TimeRemainingColumn(), console=console)
         _display.start()
     display = _display
-    task = display.add_task(escape(label), total=total)
+    task = display.add_task(_literal(label), total=total)
     try:
         for item in items:
             yield item
@@ -90,11 +104,15 @@ def _with_lines(items: Iterable[T], label: str, total: int | None, console: Cons
 
 def _line(console: Console, text: str) -> None:
     # soft_wrap: a log file must keep one message on one line, whatever width rich assumes.
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def _literal(text: str) -> str:
+    return escape(printable(text))
 
 
 def say(line: str) -> None:
-    """Print one line for the user. The text is taken literally: rich markup in it has no effect."""
+    """Print one line for the user. The text is taken literally: no markup, no control characters."""
     if is_main_process():
         _line(_display.console if _display else Console(), line)
 
@@ -104,13 +122,13 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
 
     Off a terminal the table is as wide as its content, so that a log never cuts a figure.
     """
-    built = Table(title=escape(title), title_justify="left")
+    built = Table(title=_literal(title), title_justify="left")
     for index, name in enumerate(columns):
-        built.add_column(escape(name), justify="left" if index == 0 else "right", overflow="fold")
+        built.add_column(_literal(name), justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         if len(row) != len(columns):
             raise ValueError(f"table '{title}': a row has {len(row)} cells, the header has {len(columns)}")
-        built.add_row(*(escape(str(cell)) for cell in row))
+        built.add_row(*(_literal(str(cell)) for cell in row))
     if is_main_process():
         console = _display.console if _display else Console()
         (console if console.is_terminal else Console(width=_LOG_WIDTH)).print(built)
