@@ -172,8 +172,8 @@ class Experiment(Generic[R]):
 
     @property
     def versions(self) -> dict[str, str]:
-        """Of this release and its libraries, as the manifest has them."""
-        return self._run.manifest.versions
+        """Of this release and its libraries."""
+        return self._run.versions
 
     def step(
         self,
@@ -193,6 +193,10 @@ class Experiment(Generic[R]):
     def identity(self, name: str, reads: Sequence[str], after: Sequence[Step[Any]]) -> str:
         """What a checkpoint in the middle of a step must agree with."""
         return self._run.identity(name, self._inputs(reads), after)
+
+    def settle(self) -> None:
+        """Say that the method went through all its steps, once it did: `Run.settle`."""
+        self._run.settle()
 
     def stage_dir(self, number: int, name: str) -> Path:
         """The folder `stages/<number>-<name>/`."""

@@ -40,17 +40,19 @@ def push(
     """
     check_name(repo)
     manifest = Manifest.read(run_dir)
-    check_finished(run_dir, {name: stage.status for name, stage in manifest.stages.items()})
+    stages = manifest.current
+    check_finished(run_dir, {name: stage.status for name, stage in stages.items()})
+    manifest.require_settled(run_dir)
     run = artefacts.read(run_dir)
     check_audit(run)
     check_safer(run)
-    check_unchanged(run_dir, manifest.stages["export"].outputs)
+    check_unchanged(run_dir, stages["export"].outputs)
     made = Made(
         recipe=manifest.recipe,
         recipe_hash=manifest.recipe_hash,
         seed=manifest.seed,
         versions=manifest.versions,
-        stages={name: {"inputs": stage.inputs, "outputs": stage.outputs} for name, stage in manifest.stages.items()},
+        stages={name: {"inputs": stage.inputs, "outputs": stage.outputs} for name, stage in stages.items()},
     )
     uploads = gather(run, made, repo, patch_only=patch_only, edited=report(run).edited if report else None)
     if dry_run:
