@@ -116,7 +116,7 @@ def test_a_stage_that_was_interrupted_runs_again(load: Load, capsys: pytest.Capt
 
 
 def whole(run: Run, name: str = "pairs") -> bool:
-    """One step made of what the recipe's section `repair` says, and the run's end; whether there was anything to do."""
+    """One step that reads the section `repair`, and the run's end; whether there was anything to do."""
     made = work(run, run.recipe.hash("repair"), name)
     run.settle()
     return made

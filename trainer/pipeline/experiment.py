@@ -112,6 +112,7 @@ class Experiment(Generic[R]):
                 f"allowed: {', '.join(names(lambda e: e.holds_packed_weights))}"
             )
         backbone, tokenizer = engine().load(recipe.model)
+        _check_lengths(recipe, backbone.model)
         judge = judge_of(recipe.evaluate)
         suite = Suite(corpus, judge, recipe.evaluate, recipe.data)
         experiment = cls(recipe, run, tokenizer, backbone, corpus, judge, suite)
@@ -210,3 +211,14 @@ class Experiment(Generic[R]):
                 self._fingerprints[name] = fingerprint(name)
             files.append(self._fingerprints[name])
         return sha256_text("\n".join([self.recipe.hash(*sections), *files]))
+
+
+def _check_lengths(recipe: Recipe, model: PreTrainedModel) -> None:
+    """`UserError` where a reply may be as long as everything that the model has positions for."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name in type(recipe).model_fields:
+        wanted = getattr(getattr(recipe, name), "max_new_tokens", None)
+        if positions is not None and wanted is not None and wanted >= positions:
+            raise UserError(
+                f"{name}.max_new_tokens: found {wanted}; the model has {positions} positions, for prompt and reply"
+            )

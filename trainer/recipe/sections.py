@@ -87,7 +87,9 @@ class RepairSection(TrainerSection):
     }
 
     scope: Literal["experts", "full"] = Field("experts", description="full: full fine-tuning, to compare with")
-    lora_rank: int | None = Field(None, ge=1, le=8192, description="LoRA on the critical experts; null: their full weights")
+    lora_rank: Annotated[int, Field(ge=1, le=8192)] | None = Field(
+        None, description="LoRA on the critical experts; null: their full weights"
+    )
     lora_alpha: float | None = Field(None, gt=0, le=1e6, description="LoRA scale; null: twice the rank")
     routing: Literal["frozen", "replay"] = Field(
         "frozen", description="replay: the original model's choice of experts is pinned"

@@ -94,6 +94,10 @@ def _takes_over(value: Any) -> bool:
     return isinstance(value, str) and any(part in value for part in ("lomo", "galore", "apollo"))
 
 
+def _by_metric(value: Any) -> bool:
+    return value in ("reduce_lr_on_plateau", "greedy")
+
+
 _SPANS = "the loss needs the prompt and response spans of each row"
 _CHECKPOINTING = "expected a mapping without use_reentrant: true; routing captured under it carries no gradient"
 _REPLIES = "the loss is the method's own, on the tokens of each reply"
@@ -122,7 +126,7 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "resume_from_checkpoint": (_given, "run the recipe again; it resumes by itself"),
     "remove_unused_columns": (_truthy, f"expected false: {_SPANS}"),
     "optim": (_takes_over, "expected an optimiser that leaves the backward pass and the shapes of the weights alone"),
-    "lr_scheduler_type": (lambda v: v == "reduce_lr_on_plateau", f"expected one without a metric: {_MEASURED}"),
+    "lr_scheduler_type": (_by_metric, f"expected one that needs no metric: {_MEASURED}"),
     "neftune_noise_alpha": (_given, "noise would reach the original model too, which the repair is compared with"),
     "torch_compile": (_given, "routing is recorded by hooks, which a compiled model leaves out"),
     "dataloader_drop_last": (_given, "a last batch that is not full is dropped wherever there is a full one"),
@@ -147,13 +151,13 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "save_only_model": (_given, _SAVED),
     "save_on_each_node": (_given, _SAVED),
     "push_to_hub": (_given, _PUSHED),
-    **{key: (_given, _DATA) for key in ("dataset_text_field", "dataset_kwargs", "dataset_num_proc", "label_names")},
-    **{key: (_given, _LAUNCHED) for key in ("fsdp", "fsdp_config", "deepspeed", "accelerator_config")},
-    **{key: (_given, _LAUNCHED) for key in ("parallelism_config", "ddp_backend", "ddp_timeout")},
+    **dict.fromkeys(("dataset_text_field", "dataset_kwargs", "dataset_num_proc", "label_names"), (_given, _DATA)),
+    **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "accelerator_config"), (_given, _LAUNCHED)),
+    **dict.fromkeys(("parallelism_config", "ddp_backend", "ddp_timeout"), (_given, _LAUNCHED)),
 }
 
 # key -> (the class in whose stage it works, why not in others)
-ONLY_IN = {"train_sampling_strategy": ("SFTConfig", "rows of several texts have no one length, and no order of their own")}
+ONLY_IN = {"train_sampling_strategy": ("SFTConfig", "a row holds several texts, so that it has no one length")}
 
 # Beginning of a key -> why, where every key that begins so is refused.
 REFUSED_KINDS = {
@@ -201,8 +205,8 @@ def _check_bounds(key: str, value: Any) -> None:
         return
     if not value >= least:
         raise at_key(key, f"found {shown(value)}, expected at least {least:g}")
-    if not value <= most or value == INFINITE:
-        raise at_key(key, f"found {shown(value)}, expected {f'at most {most:.10g}' if most < INFINITE else 'a number'}")
+    if not value <= most:
+        raise at_key(key, f"found {shown(value)}, expected at most {most:.10g}")
     if key.endswith("_steps") and key != "warmup_steps" and value != int(value):
         raise at_key(key, f"found {shown(value)}, expected a whole number")
 
