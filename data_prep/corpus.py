@@ -7,7 +7,7 @@ from pathlib import Path
 from .config import DataConfig, SourceConfig, TaskConfig, parse_slice
 from .errors import UserError
 from .loaders import Loaded, Source, load
-from .schema import Corpus, Kind, Prompt, Split, Task
+from .schema import Conversation, Corpus, Kind, Prompt, Split, Task
 from .wrappers import load_wrappers
 
 Indexed = tuple[int, Loaded]
@@ -106,7 +106,7 @@ def _split(name: str, config: SourceConfig | None, seed: int, notes: list[str]) 
 
 
 def _prompts(source: str, rows: list[Indexed], kind: Kind) -> list[Prompt]:
-    return [Prompt(f"{source}:{i}", row.text, kind, row.answer) for i, row in rows]
+    return [Prompt(f"{source}:{i}", Conversation.of(row.text), kind, row.answer) for i, row in rows]
 
 
 def _tasks(configs: list[TaskConfig], seed: int) -> list[Task]:

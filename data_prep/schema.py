@@ -1,23 +1,65 @@
 """The records every other room works with. Only an `id` may appear in logs and reports, never a text."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from .errors import UserError
 
 Kind = Literal["harmful", "borderline", "benign", "capability"]
 Role = Literal["seen", "unseen", "robust"]
+Speaker = Literal["system", "user", "assistant"]
 Metric = Literal["exact_match", "token_accuracy"]
 
 
 @dataclass(frozen=True)
+class Turn:
+    """What one side said."""
+
+    role: Speaker
+    text: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a model is asked: the turns up to and with the user's last one, which is `text`."""
+
+    turns: tuple[Turn, ...]
+
+    @classmethod
+    def of(cls, text: str) -> "Conversation":
+        """One user turn."""
+        return cls((Turn("user", text),))
+
+    def __post_init__(self) -> None:
+        assert self.turns and self.turns[-1].role == "user", "a conversation ends with the user's turn"
+
+    @property
+    def text(self) -> str:
+        """The last user turn."""
+        return self.turns[-1].text
+
+    def asking(self, text: str) -> "Conversation":
+        """The same turns with another last one."""
+        return replace(self, turns=(*self.turns[:-1], Turn("user", text)))
+
+    def messages(self) -> list[dict[str, str]]:
+        """As chat templates take them."""
+        return [{"role": turn.role, "content": turn.text} for turn in self.turns]
+
+
+@dataclass(frozen=True)
 class Prompt:
-    """One user turn; `id` is `<source>:<row>` with the 0-based row of the file after filtering."""
+    """A conversation to be answered; `id` is `<source>:<row>` with the 0-based row of the file after filtering."""
 
     id: str
-    text: str
+    conversation: Conversation
     kind: Kind
     answer: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The last user turn."""
+        return self.conversation.text
 
 
 @dataclass(frozen=True)
@@ -34,9 +76,9 @@ class Wrapper:
         if not self.placeholder or self.placeholder not in self.text:
             raise UserError(f"jailbreak template {self.id} has no placeholder {self.placeholder!r}")
 
-    def wrap(self, goal: str) -> str:
-        """The template with `goal` at every placeholder."""
-        return self.text.replace(self.placeholder, goal)
+    def wrap(self, conversation: Conversation) -> Conversation:
+        """The conversation with its last user turn inside the template, at every placeholder."""
+        return conversation.asking(self.text.replace(self.placeholder, conversation.text))
 
 
 @dataclass(frozen=True)

@@ -11,20 +11,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
-from transformers import PreTrainedTokenizerBase
 
 from data_prep.errors import UserError, unknown
 from data_prep.json_lines import read_json_lines
-from data_prep.schema import Prompt
+from data_prep.schema import Conversation, Prompt, Speaker, Turn
 from trainer.detection.counts import Counts, Side, count_turns
 from trainer.detection.pairs import Pair
-from trainer.model.chat import ChatTurn, Messages, encode, encode_after, pad_id
+from trainer.model.chat import Chat, ChatTurn
 from trainer.model.reply import Reply
 from trainer.moe.backbone import Backbone
+
+Messages = list[dict[str, str]]
+"""Chat messages, each with `role` and `content`."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Contrast:
     x2: ChatTurn
 
 
-def safety(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], refusal: str | None) -> list[Contrast]:
+def safety(chat: Chat, pairs: Sequence[Pair], refusal: str | None) -> list[Contrast]:
     """The same jailbroken prompt, refused (x1) or answered as the model did (x2); response tokens.
 
     `refusal` is a fixed sentence; None takes the model's own refusal of the plain goal.
@@ -45,14 +47,14 @@ def safety(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], refusal: s
     return [
         Contrast(
             f"{pair.goal.id} in {pair.wrapper.id}",
-            encode(tokenizer, pair.adversarial_prompt, fixed or pair.anchor_reply),
-            encode(tokenizer, pair.adversarial_prompt, pair.adversarial_reply),
+            chat.encode(pair.adversarial_prompt, fixed or pair.anchor_reply),
+            chat.encode(pair.adversarial_prompt, pair.adversarial_reply),
         )
         for pair in pairs
     ]
 
 
-def safety_from_answers(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], refusal: str) -> list[Contrast]:
+def safety_from_answers(chat: Chat, prompts: Sequence[Prompt], refusal: str) -> list[Contrast]:
     """The same prompt, refused (x1) or with the data set's unsafe reply (x2); response tokens.
 
     Raises:
@@ -66,12 +68,12 @@ def safety_from_answers(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Pr
         )
     fixed = Reply.written(refusal)
     return [
-        Contrast(p.id, encode(tokenizer, p.text, fixed), encode(tokenizer, p.text, Reply.written(str(p.answer))))
+        Contrast(p.id, chat.encode(p.conversation, fixed), chat.encode(p.conversation, Reply.written(str(p.answer))))
         for p in prompts
     ]
 
 
-def faithfulness(tokenizer: PreTrainedTokenizerBase, path: Path) -> list[Contrast]:
+def faithfulness(chat: Chat, path: Path) -> list[Contrast]:
     """With a document (x1) and without (x2); the question's tokens. JSON Lines of `document`, `question`, opt. `id`.
 
     Raises:
@@ -82,11 +84,11 @@ def faithfulness(tokenizer: PreTrainedTokenizerBase, path: Path) -> list[Contras
         document, question = str(row["document"]), str(row["question"])
         texts = (f"Document: {document}\nQuestion: {question}", f"Question: {question}")
         x1, x2 = ([{"role": "user", "content": text}] for text in texts)
-        found.append(_spanned(tokenizer, path, name, x1, x2, question))
+        found.append(_spanned(chat, path, name, x1, x2, question))
     return found
 
 
-def custom(tokenizer: PreTrainedTokenizerBase, path: Path) -> list[Contrast]:
+def custom(chat: Chat, path: Path) -> list[Contrast]:
     """JSON Lines of `x1` and `x2`, each a list of chat messages, with `span`, a text found in both; opt. `id`.
 
     Without `span` the last assistant message of each side is compared. Where a span occurs more than once, the last
@@ -98,16 +100,14 @@ def custom(tokenizer: PreTrainedTokenizerBase, path: Path) -> list[Contrast]:
     found = []
     for name, row in _rows(path, ("x1", "x2"), ("id", "span")):
         x1, x2 = (_messages(path, name, key, row[key]) for key in ("x1", "x2"))
-        found.append(_spanned(tokenizer, path, name, x1, x2, row.get("span")))
+        found.append(_spanned(chat, path, name, x1, x2, row.get("span")))
     return found
 
 
-def count_contrasts(
-    backbone: Backbone, tokenizer: PreTrainedTokenizerBase, contrasts: Sequence[Contrast], batch_size: int
-) -> Counts:
+def count_contrasts(backbone: Backbone, chat: Chat, contrasts: Sequence[Contrast], batch_size: int) -> Counts:
     """Expert activations on the spans; `Counts.adversarial` holds x2, `Counts.anchor` holds x1."""
     x1, x2 = (
-        count_turns(backbone, turns, "response", batch_size, pad_id(tokenizer), f"activations of {side}")
+        count_turns(backbone, turns, "response", batch_size, chat.padding, f"activations of {side}")
         for side, turns in (("x1", [c.x1 for c in contrasts]), ("x2", [c.x2 for c in contrasts]))
     )
     return Counts(x2, x1, [layer.index for layer in backbone], [layer.num_experts for layer in backbone])
@@ -181,19 +181,18 @@ def _messages(path: Path, name: str, key: str, value: Any) -> Messages:
     return [{"role": str(message["role"]), "content": str(message["content"])} for message in value]
 
 
-def _spanned(
-    tokenizer: PreTrainedTokenizerBase, path: Path, name: str, x1: Messages, x2: Messages, span: str | None
-) -> Contrast:
+def _spanned(chat: Chat, path: Path, name: str, x1: Messages, x2: Messages, span: str | None) -> Contrast:
     where = [f"{path}: pair {name!r}: {side}" for side in ("x1", "x2")]
     if span is None:
-        sides = [_last_reply(tokenizer, m, w) for m, w in zip((x1, x2), where, strict=True)]
+        sides = [_last_reply(chat, m, w) for m, w in zip((x1, x2), where, strict=True)]
     else:
-        sides = [_span(tokenizer, m, span, w) for m, w in zip((x1, x2), where, strict=True)]
+        sides = [_span(chat, m, span, w) for m, w in zip((x1, x2), where, strict=True)]
     return Contrast(name, *sides)
 
 
-def _span(tokenizer: PreTrainedTokenizerBase, messages: Messages, span: str, where: str) -> ChatTurn:
+def _span(chat: Chat, messages: Messages, span: str, where: str) -> ChatTurn:
     """Token ids up to the end of the span's last occurrence; a token that overlaps the span belongs to it."""
+    tokenizer = chat.tokenizer
     if not tokenizer.is_fast:
         raise UserError(f"{where}: a span needs a fast tokenizer, which knows where its tokens lie in the text")
     text = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -207,7 +206,8 @@ def _span(tokenizer: PreTrainedTokenizerBase, messages: Messages, span: str, whe
     return ChatTurn(list(encoded["input_ids"][: inside[-1] + 1]), inside[0])
 
 
-def _last_reply(tokenizer: PreTrainedTokenizerBase, messages: Messages, where: str) -> ChatTurn:
-    if messages[-1]["role"] != "assistant" or len(messages) < 2:
-        raise UserError(f"{where}: without 'span' the last message must be the assistant's, after another one")
-    return encode_after(tokenizer, messages[:-1], Reply.written(messages[-1]["content"]))
+def _last_reply(chat: Chat, messages: Messages, where: str) -> ChatTurn:
+    if [message["role"] for message in messages[-2:]] != ["user", "assistant"]:
+        raise UserError(f"{where}: without 'span' the last message must be the assistant's, after one of the user's")
+    turns = tuple(Turn(cast(Speaker, message["role"]), message["content"]) for message in messages[:-1])
+    return chat.encode(Conversation(turns), Reply.written(messages[-1]["content"]))

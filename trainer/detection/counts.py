@@ -15,10 +15,9 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from trainer.detection.pairs import Pair
-from trainer.model.chat import ChatTurn, Tokens, batches, encode, pad_id
+from trainer.model.chat import Chat, ChatTurn, Tokens, batches
 from trainer.moe.backbone import Backbone
 from trainer.moe.routing import record
 from trainer.moe.sharding import is_sharded
@@ -93,14 +92,14 @@ class Counts:
 
 
 def count_activations(
-    backbone: Backbone, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], tokens: Tokens, batch_size: int
+    backbone: Backbone, chat: Chat, pairs: Sequence[Pair], tokens: Tokens, batch_size: int
 ) -> Counts:
     """Count expert activations of every pair on the tokens named by `tokens`."""
-    adversarial = [encode(tokenizer, p.adversarial_prompt, p.adversarial_reply) for p in pairs]
-    anchor = [encode(tokenizer, p.goal.text, p.anchor_reply) for p in pairs]
+    adversarial = [chat.encode(p.adversarial_prompt, p.adversarial_reply) for p in pairs]
+    anchor = [chat.encode(p.goal.conversation, p.anchor_reply) for p in pairs]
     return Counts(
-        count_turns(backbone, adversarial, tokens, batch_size, pad_id(tokenizer), "adversarial activations"),
-        count_turns(backbone, anchor, tokens, batch_size, pad_id(tokenizer), "anchor activations"),
+        count_turns(backbone, adversarial, tokens, batch_size, chat.padding, "adversarial activations"),
+        count_turns(backbone, anchor, tokens, batch_size, chat.padding, "anchor activations"),
         [layer.index for layer in backbone],
         [layer.num_experts for layer in backbone],
     )

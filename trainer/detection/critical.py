@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from trainer.detection.counts import Counts, count_activations
 from trainer.detection.pairs import Pair
 from trainer.detection.saliency import gradient_saliency
 from trainer.detection.scores import score, stability
 from trainer.detection.selection import top_k
+from trainer.model.chat import Chat
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet, Member
 from trainer.recipe.sections import DetectSection
@@ -41,7 +41,7 @@ class Scores:
 
 def scoring(
     backbone: Backbone,
-    tokenizer: PreTrainedTokenizerBase,
+    chat: Chat,
     pairs: Sequence[Pair],
     counts: Counts,
     section: DetectSection,
@@ -49,7 +49,7 @@ def scoring(
     """The score that the section names: from the counts, or from gradients (`saliency`)."""
     kind = section.score
     if kind == "saliency":
-        norms_MLE, shared_ML = gradient_saliency(backbone, tokenizer, pairs, section.batch_size)
+        norms_MLE, shared_ML = gradient_saliency(backbone, chat, pairs, section.batch_size)
         shared_L = dict(zip(counts.layers, shared_ML.mean(0).tolist(), strict=True))
         shared = {layer: shared_L[layer] for layer in backbone.shared_layers}
         return Scores(lambda rows: norms_MLE[rows].mean(0), len(norms_MLE), shared)
@@ -77,7 +77,7 @@ class TopicControl(NamedTuple):
 
 def topic_control(
     backbone: Backbone,
-    tokenizer: PreTrainedTokenizerBase,
+    chat: Chat,
     pairs: Sequence[Pair],
     counts: Counts,
     experts: ExpertSet,
@@ -89,7 +89,7 @@ def topic_control(
     and topic, not to the model complying.
     """
     equal = [replace(pair, adversarial_reply=pair.anchor_reply) for pair in pairs]
-    control = count_activations(backbone, tokenizer, equal, section.tokens, section.batch_size)
+    control = count_activations(backbone, chat, equal, section.tokens, section.batch_size)
     rows = {layer: i for i, layer in enumerate(counts.layers)}
 
     def mean_difference(of: Counts) -> float:

@@ -14,10 +14,10 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
-from transformers import PreTrainedTokenizerBase
 
 from data_prep.errors import UserError
-from trainer.model.chat import ChatTurn, batches, pad_id
+from data_prep.schema import Conversation
+from trainer.model.chat import Chat, ChatTurn, batches
 from trainer.moe.backbone import Backbone
 from trainer.moe.steering_gate import Gate, last_hidden
 from trainer.runtime.console import progress
@@ -29,9 +29,9 @@ C = 1.0
 
 def fit_gate(
     backbone: Backbone,
-    tokenizer: PreTrainedTokenizerBase,
-    harmful: Sequence[tuple[str, str]],
-    harmless: Sequence[tuple[str, str]],
+    chat: Chat,
+    harmful: Sequence[tuple[str, Conversation]],
+    harmless: Sequence[tuple[str, Conversation]],
     batch_size: int,
 ) -> Gate:
     """A gate that fires on harmful prompts. Each prompt comes as (group, text); a group never lies in two folds.
@@ -49,7 +49,7 @@ def fit_gate(
     prompts = [*harmful, *harmless]
     labels_P = np.array([1] * len(harmful) + [0] * len(harmless))
     groups_P = np.unique([group for group, _ in prompts], return_inverse=True)[1]
-    features = hidden_states(backbone, tokenizer, [text for _, text in prompts], batch_size)
+    features = hidden_states(backbone, chat, [asked for _, asked in prompts], batch_size)
     accuracy = {layer: _held_out(x_PD, labels_P, groups_P) for layer, x_PD in features.items()}
     layer = max(accuracy, key=lambda index: (round(accuracy[index], 6), -index))
     weight_D, bias = _fitted(features[layer], labels_P)
@@ -63,20 +63,15 @@ def fit_gate(
 
 
 def hidden_states(
-    backbone: Backbone, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], batch_size: int
+    backbone: Backbone, chat: Chat, prompts: Sequence[Conversation], batch_size: int
 ) -> dict[int, NDArray[np.float32]]:
     """What every router reads at the last token of each prompt as a chat, [P, D] by decoder layer."""
-    turns = []
-    for prompt in prompts:
-        ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
-        )
-        turns.append(ChatTurn(list(ids), len(ids)))
+    turns = [ChatTurn(ids, len(ids)) for ids in map(chat.opening, prompts)]
     layers = [layer.index for layer in backbone]
     found: dict[int, list[NDArray[np.float32]]] = {index: [] for index in layers}
     order: list[int] = []
     backbone.model.eval()
-    for rows, batch in progress(list(batches(turns, pad_id(tokenizer), batch_size)), "gate: reading prompts"):
+    for rows, batch in progress(list(batches(turns, chat.padding, batch_size)), "gate: reading prompts"):
         batch = batch.to(backbone.model.device)
         inputs = {"input_ids": batch.input_ids_BS, "attention_mask": batch.attention_mask_BS}
         for index, hidden_BD in last_hidden(backbone, layers, inputs, batch.attention_mask_BS).items():

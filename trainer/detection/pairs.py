@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
-from data_prep.schema import Prompt, Wrapper
+from data_prep.schema import Conversation, Prompt, Wrapper
 from trainer.model.reply import Ask, Judge, Reply
 
 
@@ -29,8 +29,8 @@ class Pair:
     adversarial_reply: Reply
 
     @property
-    def adversarial_prompt(self) -> str:
-        return self.wrapper.wrap(self.goal.text)
+    def adversarial_prompt(self) -> Conversation:
+        return self.wrapper.wrap(self.goal.conversation)
 
 
 @dataclass
@@ -89,7 +89,7 @@ def build_pairs(
         UserError: the model refuses no goal, or no jailbreak succeeds; says how many were tried.
     """
     report = PairReport()
-    plain = [goal.text for goal in goals]
+    plain = [goal.conversation for goal in goals]
     anchors = ask(plain, "anchor replies")
     refused = []
     for goal, reply, verdict in zip(goals, anchors, judge(plain, anchors), strict=True):
@@ -108,7 +108,7 @@ def build_pairs(
     while len(report.pairs) < max_pairs and tried < len(candidates):
         chunk = candidates[tried : tried + max_pairs - len(report.pairs)]
         tried += len(chunk)
-        wrapped = [wrapper.wrap(goal.text) for goal, _, wrapper in chunk]
+        wrapped = [wrapper.wrap(goal.conversation) for goal, _, wrapper in chunk]
         replies = ask(wrapped, "jailbreak replies")
         for (goal, refusal, wrapper), reply, verdict in zip(chunk, replies, judge(wrapped, replies), strict=True):
             outcome = {"complied": "kept", "refused": "jailbreak_failed"}.get(verdict, "unjudged")

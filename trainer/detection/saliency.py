@@ -18,12 +18,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from data_prep.errors import UserError
 from trainer.detection.pairs import Pair
 from trainer.engines.table import names
-from trainer.model.chat import Batch, batches, encode, pad_id
+from trainer.model.chat import Batch, Chat, batches
 from trainer.moe.backbone import Backbone, expert_tensor_names
 from trainer.moe.sharding import is_partitioned, is_sharded, whole
 from trainer.runtime.console import progress
@@ -40,9 +39,7 @@ class Saliency(NamedTuple):
     shared_ML: NDArray[np.float64]
 
 
-def gradient_saliency(
-    backbone: Backbone, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], batch_size: int
-) -> Saliency:
+def gradient_saliency(backbone: Backbone, chat: Chat, pairs: Sequence[Pair], batch_size: int) -> Saliency:
     """Squared gradient norm of every expert for each batch of pairs.
 
     The loss is the repair's: cross-entropy of the anchor's refusal after the jailbroken prompt, response tokens only.
@@ -58,8 +55,8 @@ def gradient_saliency(
             "detect.score: 'saliency' needs a backward pass outside of training, which this engine does not run; "
             f"allowed: `routealign detect` under another one first ({', '.join(able)}), whose result the run keeps"
         )
-    turns = [encode(tokenizer, pair.adversarial_prompt, pair.anchor_reply) for pair in pairs]
-    every = list(batches(turns, pad_id(tokenizer), batch_size))
+    turns = [chat.encode(pair.adversarial_prompt, pair.anchor_reply) for pair in pairs]
+    every = list(batches(turns, chat.padding, batch_size))
     found: dict[int, Saliency] = {}
     for parameter in asked:
         parameter.requires_grad_(True)

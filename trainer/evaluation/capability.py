@@ -10,13 +10,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from data_prep.errors import UserError, unknown
 from data_prep.schema import Task
-from trainer.evaluation.generation import chat_prompt_ids, evaluating, left_pad, reply, require_room
+from trainer.evaluation.generation import evaluating, left_pad, reply, require_room
 from trainer.evaluation.metrics import Rate, from_counts, from_flags
-from trainer.model.chat import pad_id
+from trainer.model.chat import Chat
 from trainer.moe.sharding import is_sharded
 from trainer.runtime.console import progress
 from trainer.runtime.processes import dealt, from_all_ranks
@@ -25,9 +25,7 @@ _NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
 _CHOICE = re.compile(r"(?:^|\banswer(?: is)?:? ?|\boption )\W*([A-Z])\b(?=\W|$)", re.IGNORECASE)
 
 
-def score(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, *, max_new_tokens: int, batch_size: int
-) -> Rate:
+def score(model: PreTrainedModel, chat: Chat, task: Task, *, max_new_tokens: int, batch_size: int) -> Rate:
     """Score of one task. `exact_match`: share of prompts answered right (`matches`); n = prompts.
 
     `token_accuracy`: share of reference answer tokens that are the model's first choice given the chat prompt and the
@@ -38,12 +36,12 @@ def score(
     if missing:
         raise UserError(f"capability task '{task.name}': prompt '{missing[0]}' has no answer ({len(missing)} without)")
     if task.metric == "token_accuracy":
-        return _token_accuracy(model, tokenizer, task, batch_size)
+        return _token_accuracy(model, chat, task, batch_size)
     if task.metric != "exact_match":
         raise unknown(f"metric of capability task '{task.name}'", task.metric, ["exact_match", "token_accuracy"])
-    texts = [prompt.text for prompt in task.prompts]
+    asked = [prompt.conversation for prompt in task.prompts]
     label = f"capability {task.name}"
-    replies = reply(model, tokenizer, texts, max_new_tokens=max_new_tokens, batch_size=batch_size, label=label)
+    replies = reply(model, chat, asked, max_new_tokens=max_new_tokens, batch_size=batch_size, label=label)
     pairs = zip(replies, task.prompts, strict=True)
     return from_flags((matches(said.text, cast(str, prompt.answer)) for said, prompt in pairs), name=label)
 
@@ -77,10 +75,12 @@ def _words(text: str) -> str:
 
 
 @torch.no_grad()
-def _token_accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, batch_size: int) -> Rate:
+def _token_accuracy(model: PreTrainedModel, chat: Chat, task: Task, batch_size: int) -> Rate:
     label = f"capability {task.name}"
-    prompts = chat_prompt_ids(tokenizer, [prompt.text for prompt in task.prompts])
-    answers = [tokenizer(cast(str, p.answer).strip(), add_special_tokens=False)["input_ids"] for p in task.prompts]
+    prompts = [chat.opening(prompt.conversation) for prompt in task.prompts]
+    answers = [
+        chat.tokenizer(cast(str, p.answer).strip(), add_special_tokens=False)["input_ids"] for p in task.prompts
+    ]
     rows = [(asked, cast(list[int], answer)) for asked, answer in zip(prompts, answers, strict=True)]
     require_room(model, [len(asked) + len(answer) for asked, answer in rows], 0)
     rows.sort(key=lambda row: len(row[0]) + len(row[1]), reverse=True)
@@ -88,7 +88,7 @@ def _token_accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     found: dict[int, tuple[int, int]] = {}
     with evaluating(model):
         for number, batch in progress(dealt(batches, together=is_sharded(model)), label):
-            found[number] = _answer_hits(model, batch, pad_id(tokenizer))
+            found[number] = _answer_hits(model, batch, chat.padding)
     counts = from_all_ranks(found)
     return from_counts(sum(right for right, _ in counts), sum(total for _, total in counts), name=label)
 

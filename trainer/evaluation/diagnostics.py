@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
+from data_prep.schema import Conversation
 from trainer.evaluation.drift import LayerDrift, drift_per_layer
 from trainer.evaluation.suite import Suite
-from trainer.model.chat import batches, encode, pad_id
+from trainer.model.chat import Chat, batches
 from trainer.model.reply import Reply
 from trainer.moe.routing import record
 from trainer.moe.sharding import is_sharded
@@ -21,16 +21,14 @@ from trainer.moe.trainable import TrainableModel
 from trainer.runtime.processes import dealt, from_all_ranks
 
 
-def router_restore_gap(
-    trained: TrainableModel, tokenizer: PreTrainedTokenizerBase, suite: Suite, after: dict[str, Any]
-) -> float:
+def router_restore_gap(trained: TrainableModel, chat: Chat, suite: Suite, after: dict[str, Any]) -> float:
     """Rise of attack success (seen and unseen families pooled) when the original routers are put back.
 
     A large gap means that the repair was a routing shortcut (RASA, section on what shows that it worked).
     """
     roles = ("seen", "unseen")
     with trained.original(experts=False):
-        restored = suite.measure_asr(trained.model, tokenizer, roles, label="original routers put back")
+        restored = suite.measure_asr(trained.model, chat, roles, label="original routers put back")
     return _pooled(restored, roles) - _pooled(after, roles)
 
 
@@ -41,13 +39,13 @@ def _pooled(metrics: dict[str, Any], roles: Sequence[str]) -> float:
 
 @torch.no_grad()
 def routing_drift(
-    trained: TrainableModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, Reply]], batch_size: int
+    trained: TrainableModel, chat: Chat, texts: Sequence[tuple[Conversation, Reply]], batch_size: int
 ) -> list[LayerDrift]:
     """Drift of every layer between the original and the repaired model on the same (prompt, reply) texts."""
-    turns = [encode(tokenizer, prompt, answer) for prompt, answer in texts]
+    turns = [chat.encode(prompt, answer) for prompt, answer in texts]
     trained.model.eval()
     found: dict[int, tuple[int, list[LayerDrift]]] = {}
-    every = list(batches(turns, pad_id(tokenizer), batch_size))
+    every = list(batches(turns, chat.padding, batch_size))
     for number, (_, batch) in dealt(every, together=is_sharded(trained.model)):
         batch = batch.to(trained.model.device)
         inputs = {"input_ids": batch.input_ids_BS, "attention_mask": batch.attention_mask_BS}

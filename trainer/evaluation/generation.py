@@ -12,31 +12,12 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from data_prep.errors import UserError
-from trainer.model.chat import pad_id
+from data_prep.schema import Conversation
+from trainer.model.chat import Chat
 from trainer.model.reply import Reply
 from trainer.moe.sharding import is_sharded
 from trainer.runtime.console import progress
 from trainer.runtime.processes import dealt, from_all_ranks
-
-
-def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `UserError` where the tokenizer cannot render a chat: a guessed format would measure another model."""
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"tokenizer '{tokenizer.name_or_path or type(tokenizer).__name__}' has no chat template; "
-            "use an instruction-tuned checkpoint or add chat_template.jinja to its folder"
-        )
-
-
-def chat_prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each prompt as a single user turn, up to and with the tokens that open the assistant's turn."""
-    require_chat_template(tokenizer)
-    texts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True)
-        for p in prompts
-    ]
-    # The template already writes BOS and role tokens; the tokenizer's own would double them.
-    return cast(list[list[int]], tokenizer(texts, add_special_tokens=False)["input_ids"]) if texts else []
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -65,35 +46,35 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def reply(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    chat: Chat,
+    prompts: Sequence[Conversation],
     *,
     max_new_tokens: int,
     batch_size: int,
     label: str,
 ) -> list[Reply]:
-    """Greedy reply to each prompt (one user turn), in the order given.
+    """Greedy reply to each prompt, in the order given.
 
     The longest prompts go first, so that lack of memory shows at once. Batches are dealt to the processes whole, so
     that a reply does not depend on their number; every process returns all replies. `label` names the progress bar.
-    Raises `UserError` for a tokenizer without chat template and for prompts that leave no room for `max_new_tokens`.
+    Raises `UserError` for prompts that leave no room for `max_new_tokens`.
     """
     if max_new_tokens < 1 or batch_size < 1:
         raise UserError(f"max_new_tokens and batch_size must be 1 or more, got {max_new_tokens} and {batch_size}")
-    rows = chat_prompt_ids(tokenizer, prompts)
+    rows = [chat.opening(prompt) for prompt in prompts]
     require_room(model, [len(row) for row in rows], max_new_tokens)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     together = is_sharded(model)
     found: dict[int, list[Reply]] = {}
-    with evaluating(model), _only_greedy(model, tokenizer, max_new_tokens) as config:
+    with evaluating(model), _only_greedy(model, chat, max_new_tokens) as config:
         for number, batch in progress(dealt(batches, together=together), label) if rows else ():
             ids_BT, mask_BT = left_pad([rows[index] for index in batch], cast(int, config.pad_token_id), model.device)
             generate = cast(Any, model).generate
             out_BTN: Tensor = generate(
                 input_ids=ids_BT, attention_mask=mask_BT, generation_config=config, synced_gpus=together
             )
-            found[number] = _replies(tokenizer, out_BTN[:, ids_BT.shape[1] :], cast(Any, config).eos_token_id)
+            found[number] = _replies(chat.tokenizer, out_BTN[:, ids_BT.shape[1] :], cast(Any, config).eos_token_id)
     replies: dict[int, Reply] = {}
     for batch, made in zip(batches, from_all_ranks(found), strict=True):
         replies.update(zip(batch, made, strict=True))
@@ -122,9 +103,7 @@ def require_room(model: PreTrainedModel, lengths: Sequence[int], new_tokens: int
 
 
 @contextmanager
-def _only_greedy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
-) -> Iterator[GenerationConfig]:
+def _only_greedy(model: PreTrainedModel, chat: Chat, max_new_tokens: int) -> Iterator[GenerationConfig]:
     # `generate` fills what a config leaves open from the checkpoint's own defaults (temperature, repetition penalty),
     # which would warn or bend greedy decoding; so those defaults are put aside meanwhile.
     shipped = cast(GenerationConfig, model.generation_config)
@@ -132,9 +111,9 @@ def _only_greedy(
         do_sample=False,
         num_beams=1,
         max_new_tokens=max_new_tokens,
-        pad_token_id=pad_id(tokenizer),
+        pad_token_id=chat.padding,
         bos_token_id=shipped.bos_token_id,
-        eos_token_id=_stop_ids(shipped, tokenizer),
+        eos_token_id=_stop_ids(shipped, chat.tokenizer),
     )
     model.generation_config = config
     try:

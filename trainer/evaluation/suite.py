@@ -10,16 +10,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from data_prep.config import DataConfig
 from data_prep.errors import UserError
-from data_prep.schema import Corpus, Prompt, Wrapper
+from data_prep.schema import Conversation, Corpus, Prompt, Wrapper
 from trainer.evaluation import metrics
 from trainer.evaluation.capability import score
 from trainer.evaluation.degenerate import is_degenerate
 from trainer.evaluation.generation import reply
 from trainer.evaluation.judges.judge import Judge, Verdict
+from trainer.model.chat import Chat
 from trainer.recipe.sections import EvaluateSection
 
 Group = Literal["harmful", "attack", "borderline", "benign", "benign_wrapped"]
@@ -64,8 +65,9 @@ class _Question:
     group: Group
 
     @property
-    def text(self) -> str:
-        return self.wrapper.wrap(self.prompt.text) if self.wrapper else self.prompt.text
+    def conversation(self) -> Conversation:
+        asked = self.prompt.conversation
+        return self.wrapper.wrap(asked) if self.wrapper else asked
 
 
 class Suite:
@@ -107,9 +109,7 @@ class Suite:
         """Whether there is attack success to measure: harmful goals, and wrappers to put them in."""
         return bool(self.corpus.harmful.test and self.corpus.wrappers)
 
-    def measure(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, label: str = "evaluate"
-    ) -> Measurement:
+    def measure(self, model: PreTrainedModel, chat: Chat, label: str = "evaluate") -> Measurement:
         """Every figure that the data allows. Judged prompts are generated in one pass, sorted by length."""
         corpus = self.corpus
         questions = [_Question(prompt, None, "harmful") for prompt in corpus.harmful.test]
@@ -117,7 +117,7 @@ class Suite:
         questions += [_Question(prompt, None, "borderline") for prompt in corpus.borderline.test]
         questions += [_Question(prompt, None, "benign") for prompt in corpus.benign.test]
         questions += self._wrapped_benign()
-        rows = self._ask(model, tokenizer, questions, label)
+        rows = self._ask(model, chat, questions, label)
         wrapped = [row for row in rows if row.group == "benign_wrapped"]
         measured = attack_metrics(rows) if self.attacks else {}
         for name, group, rate in PLAIN:
@@ -134,14 +134,14 @@ class Suite:
         if rows:
             measured["degenerate"] = metrics.from_flags((row.degenerate for row in rows), name="degenerate").as_dict()
         measured["capability"] = {
-            task.name: score(model, tokenizer, task, **self._limits()).as_dict() for task in self.tasks
+            task.name: score(model, chat, task, **self._limits()).as_dict() for task in self.tasks
         }
         return Measurement(measured, rows)
 
     def measure_asr(
         self,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        chat: Chat,
         roles: Sequence[str],
         label: str = "attack success",
     ) -> dict[str, Any]:
@@ -149,7 +149,7 @@ class Suite:
 
         For controls that need only attack success, such as the original router put back or random experts.
         """
-        return attack_metrics(self._ask(model, tokenizer, self._attacks(roles), label))
+        return attack_metrics(self._ask(model, chat, self._attacks(roles), label))
 
     def _attacks(self, roles: Sequence[str]) -> list[_Question]:
         wrappers = [wrapper for wrapper in self.corpus.wrappers if wrapper.role in roles]
@@ -173,10 +173,10 @@ class Suite:
         return [_Question(prompt, wrappers[chosen], "benign_wrapped") for prompt, chosen in dealt]
 
     def _ask(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[_Question], label: str
+        self, model: PreTrainedModel, chat: Chat, questions: Sequence[_Question], label: str
     ) -> list[JudgedReply]:
-        prompts = [question.text for question in questions]
-        replies = reply(model, tokenizer, prompts, label=label, **self._limits())
+        prompts = [question.conversation for question in questions]
+        replies = reply(model, chat, prompts, label=label, **self._limits())
         return [
             JudgedReply(
                 prompt=question.prompt.id,

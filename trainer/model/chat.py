@@ -1,4 +1,4 @@
-"""Teacher-forced sequences with their spans: which tokens are the prompt, which the response, which padding.
+"""How a model is talked to: conversations and replies as tokens, with their spans (prompt, response, padding).
 
 Shapes: B sequences, S positions.
 """
@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from data_prep.schema import Conversation
 from trainer.model.reply import Reply
 
 Tokens = Literal["prompt", "response", "both"]
-Messages = list[dict[str, str]]
-"""Chat messages, each with `role` and `content`."""
 
 
 @dataclass(frozen=True)
@@ -49,29 +48,38 @@ class Batch:
         )
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, reply: Reply) -> ChatTurn:
-    """One user prompt and the reply to it as tokens, through the chat template."""
-    return encode_after(tokenizer, [{"role": "user", "content": prompt}], reply)
+@dataclass(frozen=True)
+class Chat:
+    """One model's way of being talked to. Prompts and replies become tokens here and nowhere else."""
 
+    tokenizer: PreTrainedTokenizerBase
 
-def encode_after(tokenizer: PreTrainedTokenizerBase, turns: Messages, reply: Reply) -> ChatTurn:
-    """A conversation and the reply to its last turn as tokens.
+    @property
+    def padding(self) -> int:
+        """The padding token, or the end-of-sequence token where there is none (padding is masked anyway)."""
+        tokenizer = self.tokenizer
+        return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
 
-    This is the one place that turns a reply into tokens; they are those of its text, not `reply.ids`. Templates that
-    rewrite the assistant turn (thinking tags, say) do not extend the generation prompt; there the text's own tokens
-    and the end-of-sequence token follow it, which is what generation produces.
-    """
-    opening = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-    whole = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": reply.text}], return_dict=False)
-    if whole[: len(opening)] != opening:
-        ending = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        whole = opening + tokenizer(reply.text, add_special_tokens=False)["input_ids"] + ending
-    return ChatTurn(list(whole), len(opening))
+    def opening(self, conversation: Conversation) -> list[int]:
+        """The conversation as tokens, up to and with those that open the assistant's turn."""
+        return list(
+            self.tokenizer.apply_chat_template(conversation.messages(), add_generation_prompt=True, return_dict=False)
+        )
 
+    def encode(self, conversation: Conversation, reply: Reply) -> ChatTurn:
+        """A conversation and the reply to its last turn as tokens.
 
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The padding token, or the end-of-sequence token where the tokenizer names none (padding is masked anyway)."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+        They are those of the reply's text, not `reply.ids`. Templates that rewrite the assistant turn (thinking tags,
+        say) do not extend the generation prompt; there the text's own tokens and the end-of-sequence token follow it,
+        which is what generation produces.
+        """
+        tokenizer, opening = self.tokenizer, self.opening(conversation)
+        messages = [*conversation.messages(), {"role": "assistant", "content": reply.text}]
+        whole = tokenizer.apply_chat_template(messages, return_dict=False)
+        if whole[: len(opening)] != opening:
+            ending = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+            whole = opening + tokenizer(reply.text, add_special_tokens=False)["input_ids"] + ending
+        return ChatTurn(list(whole), len(opening))
 
 
 def pad(sequences: Sequence[ChatTurn], padding: int) -> Batch:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from data_prep.schema import Conversation
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -27,7 +29,7 @@ class Reply:
         return cls(text, None, True)
 
 
-Ask = Callable[[Sequence[str], str], list[Reply]]
+Ask = Callable[[Sequence[Conversation], str], list[Reply]]
 """(prompts, label of the progress bar) -> the replies of a model."""
 
 Verdict = Literal["refused", "complied", "unjudged"]
@@ -36,6 +38,6 @@ Verdict = Literal["refused", "complied", "unjudged"]
 class Judge(Protocol):
     """Says of every reply whether the model declined; `evaluation/judges` has the judges."""
 
-    def __call__(self, prompts: Sequence[str], replies: Sequence[Reply]) -> list[Verdict]:
+    def __call__(self, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> list[Verdict]:
         """One verdict per reply, in their order; `prompts` are what the replies answer, as many."""
         ...

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from accelerate import PartialState
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from data_prep.corpus import load_corpus
 from data_prep.errors import UserError
-from data_prep.schema import Corpus
+from data_prep.schema import Conversation, Corpus
 from trainer.engines.engine import Engine, engine
 from trainer.engines.table import names
 from trainer.evaluation.generation import reply
 from trainer.evaluation.judges.judge import Judge, judge_of
 from trainer.evaluation.suite import Suite
+from trainer.model.chat import Chat
 from trainer.model.reply import Reply
 from trainer.moe.backbone import Backbone
 from trainer.moe.quantised import quantise
@@ -88,7 +89,7 @@ class Experiment(Generic[R]):
 
     recipe: R
     run: Run | None
-    tokenizer: PreTrainedTokenizerBase
+    chat: Chat
     backbone: Backbone
     corpus: Corpus
     judge: Judge
@@ -115,7 +116,7 @@ class Experiment(Generic[R]):
         _check_lengths(recipe, backbone.model)
         judge = judge_of(recipe.evaluate)
         suite = Suite(corpus, judge, recipe.evaluate, recipe.data)
-        experiment = cls(recipe, run, tokenizer, backbone, corpus, judge, suite)
+        experiment = cls(recipe, run, Chat(tokenizer), backbone, corpus, judge, suite)
         experiment.hold(backbone)
         return experiment
 
@@ -144,15 +145,20 @@ class Experiment(Generic[R]):
     def reloaded(self) -> Experiment[R]:
         """The same with a fresh copy of the model, to be split into trainable and frozen experts. Collective."""
         backbone, tokenizer = engine().load(self.recipe.model)
-        return replace(self, backbone=backbone, tokenizer=tokenizer)
+        return replace(self, backbone=backbone, chat=Chat(tokenizer))
 
     def ask(
-        self, prompts: Sequence[str], label: str, *, section: RepliesSection, model: PreTrainedModel | None = None
+        self,
+        prompts: Sequence[Conversation],
+        label: str,
+        *,
+        section: RepliesSection,
+        model: PreTrainedModel | None = None,
     ) -> list[Reply]:
         """Replies of the model, or of another one, as detection and the training rows ask for them."""
         return reply(
             model if model is not None else self.model,
-            self.tokenizer,
+            self.chat,
             prompts,
             max_new_tokens=section.max_new_tokens,
             batch_size=self.recipe.evaluate.batch_size,

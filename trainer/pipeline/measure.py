@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from typing import Any, TypeVar
 
+from data_prep.schema import Conversation
 from trainer.evaluation import paired
 from trainer.evaluation.diagnostics import router_restore_gap, routing_drift
 from trainer.evaluation.suite import Measurement
@@ -44,7 +45,7 @@ def measure(
 
     return experiment.step(
         name,
-        lambda: experiment.suite.measure(experiment.model, experiment.tokenizer, label=name),
+        lambda: experiment.suite.measure(experiment.model, experiment.chat, label=name),
         Kept(write, lambda: [folder], read),
         reads=["evaluate", *reads],
         after=after,
@@ -61,7 +62,7 @@ def measure_alone(recipe: Recipe, model_or_run: str) -> Figures:
     # Only the result goes to standard output, so that it can be piped.
     with redirect_stdout(sys.stderr):
         experiment = Experiment.of(recipe.model_copy(update={"model": model}))
-        return experiment.suite.measure(experiment.model, experiment.tokenizer, label="evaluate").metrics
+        return experiment.suite.measure(experiment.model, experiment.chat, label="evaluate").metrics
 
 
 def changes(experiment: Experiment[Any]) -> dict[str, Any]:
@@ -76,15 +77,15 @@ def diagnose(
     experiment: Experiment[Any],
     trained: TrainableModel,
     metrics: Figures,
-    texts: Callable[[], Sequence[tuple[str, Reply]]],
+    texts: Callable[[], Sequence[tuple[Conversation, Reply]]],
     after: Sequence[Step[Any]],
 ) -> Figures:
     """Restore gap and routing drift of the repaired model on (prompt, reply) turns."""
 
     def make() -> Figures:
-        drift = routing_drift(trained, experiment.tokenizer, texts(), experiment.recipe.evaluate.batch_size)
+        drift = routing_drift(trained, experiment.chat, texts(), experiment.recipe.evaluate.batch_size)
         return {
-            "router_restore_gap": router_restore_gap(trained, experiment.tokenizer, experiment.suite, metrics),
+            "router_restore_gap": router_restore_gap(trained, experiment.chat, experiment.suite, metrics),
             "topk_flip_rate": sum(layer["flip_rate"] for layer in drift) / len(drift),
             "drift_per_layer": drift,
         }
@@ -107,7 +108,7 @@ def control(
 
     def make() -> Figures:
         other = repaired()
-        return other.suite.measure_asr(other.model, other.tokenizer, ("seen", "unseen"), label="random control")
+        return other.suite.measure_asr(other.model, other.chat, ("seen", "unseen"), label="random control")
 
     kept = JsonFile(experiment.folder / "stages" / "control" / "metrics.json")
     return dict(experiment.step("control", make, kept, reads=reads, after=after).value)

@@ -77,7 +77,7 @@ def export_and_audit(
             return {}
         with torch.no_grad():
             logits = model(input_ids=ids, use_cache=False).logits
-        save_checkpoint(model, experiment.tokenizer, folder, section)
+        save_checkpoint(model, experiment.chat.tokenizer, folder, section)
         dtype = model.dtype
         del model  # of a sharded model the one whole copy: what is read back takes its place
         base = local_folder(experiment.recipe.model.name_or_path, experiment.recipe.model.revision)

@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 
 from data_prep.errors import UserError
+from data_prep.schema import Conversation
 from trainer.detection import contrasts
 from trainer.detection.gate import fit_gate
 from trainer.detection.pairs import PairReport, build_pairs
 from trainer.detection.ranking import Ranking, Selection, rank
 from trainer.detection.tables import check_model, load_table
 from trainer.engines.table import names
-from trainer.model.chat import batches, encode, pad_id
+from trainer.model.chat import batches
 from trainer.model.reply import Reply
 from trainer.moe.routing import flip_rate, record
 from trainer.moe.steering import Steering, applied, steer
@@ -59,7 +60,7 @@ def detect_experts(experiment: Experiment[Any], section: SteerSection, asked: Re
         table["score"] = -table.delta
         return Detected(table, rank(table, reverse=section.reverse), report)
     found = _contrasts(experiment, section, asked, report)
-    counts = contrasts.count_contrasts(experiment.backbone, experiment.tokenizer, found, asked.batch_size)
+    counts = contrasts.count_contrasts(experiment.backbone, experiment.chat, found, asked.batch_size)
     table = contrasts.activation_table(counts)
     return Detected(table, rank(table, reverse=section.reverse), report)
 
@@ -67,7 +68,7 @@ def detect_experts(experiment: Experiment[Any], section: SteerSection, asked: Re
 def _contrasts(
     experiment: Experiment[Any], section: SteerSection, asked: RepliesSection, report: PairReport
 ) -> list[contrasts.Contrast]:
-    tokenizer, limit = experiment.tokenizer, asked.max_pairs
+    tokenizer, limit = experiment.chat, asked.max_pairs
     if section.contrast != "safety":
         read = contrasts.faithfulness if section.contrast == "faithfulness" else contrasts.custom
         found = read(tokenizer, Path(str(section.pairs)))[:limit]
@@ -107,10 +108,10 @@ def gate_of(experiment: Experiment[Any], asked: RepliesSection) -> Gate:
     kinds = []
     for parts in sources:
         prompts = [prompt for part in parts for prompt in part[:limit]]
-        plain = [(prompt.id, prompt.text) for prompt in prompts]
-        wrapped = [(p.id, wrappers[i % len(wrappers)].wrap(p.text)) for i, p in enumerate(prompts)]
+        plain = [(prompt.id, prompt.conversation) for prompt in prompts]
+        wrapped = [(p.id, wrappers[i % len(wrappers)].wrap(p.conversation)) for i, p in enumerate(prompts)]
         kinds.append(plain + wrapped)
-    return fit_gate(experiment.backbone, experiment.tokenizer, kinds[0], kinds[1], asked.batch_size)
+    return fit_gate(experiment.backbone, experiment.chat, kinds[0], kinds[1], asked.batch_size)
 
 
 def steering(experiment: Experiment[Any], how: Steering, gate: Gate | None = None) -> AbstractContextManager[None]:
@@ -125,15 +126,15 @@ def steering(experiment: Experiment[Any], how: Steering, gate: Gate | None = Non
 
 
 @torch.no_grad()
-def proof(experiment: Experiment[Any], how: Steering, prompts: Sequence[str]) -> dict[str, Any]:
+def proof(experiment: Experiment[Any], how: Steering, prompts: Sequence[Conversation]) -> dict[str, Any]:
     """What the steering did to the routing of `prompts`, from recorded indices.
 
     `topk_flip_rate`: share of the routers' own choices that were replaced, mean over layers. `forced`: whether every
     activated expert ran on every token and no deactivated one on any. `tokens_changed`: for each named expert the
     share of tokens whose router had decided otherwise.
     """
-    turns = [encode(experiment.tokenizer, prompt, Reply.written("")) for prompt in prompts]
-    ((_, batch),) = batches(turns, pad_id(experiment.tokenizer), len(turns))
+    turns = [experiment.chat.encode(prompt, Reply.written("")) for prompt in prompts]
+    ((_, batch),) = batches(turns, experiment.chat.padding, len(turns))
     batch = batch.to(experiment.model.device)
     inputs = {"input_ids": batch.input_ids_BS, "attention_mask": batch.attention_mask_BS}
     real_T = batch.attention_mask_BS.bool().reshape(-1)
@@ -159,7 +160,7 @@ def perplexity(
     asked: RepliesSection,
     how: Steering | None,
     gate: Gate | None,
-    prompts: Sequence[str],
+    prompts: Sequence[Conversation],
 ) -> float:
     """Perplexity under the original model of the replies that the steered model (None: itself) gives to `prompts`.
 
@@ -171,9 +172,9 @@ def perplexity(
     else:
         with steering(experiment, how, gate):
             replies = ask(prompts, "fluency")
-    turns = [encode(experiment.tokenizer, *turn) for turn in zip(prompts, replies, strict=True)]
+    turns = [experiment.chat.encode(*turn) for turn in zip(prompts, replies, strict=True)]
     total, tokens = 0.0, 0
-    for _, batch in batches(turns, pad_id(experiment.tokenizer), experiment.recipe.evaluate.batch_size):
+    for _, batch in batches(turns, experiment.chat.padding, experiment.recipe.evaluate.batch_size):
         batch = batch.to(experiment.model.device)
         logits_BSV = experiment.model(
             input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS, use_cache=False

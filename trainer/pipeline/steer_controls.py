@@ -68,7 +68,7 @@ def controls(
         for name, other in sets.items():
             with steering(experiment, other):
                 found[name] = experiment.suite.measure_asr(
-                    experiment.model, experiment.tokenizer, ("seen", "unseen"), label=f"control: {name}"
+                    experiment.model, experiment.chat, ("seen", "unseen"), label=f"control: {name}"
                 )
         return {
             "random_control": found["random 0"],
@@ -94,7 +94,7 @@ def sweep(
         if not _settings(section):
             return []
         suite = smaller(experiment.suite, section.sweep.prompts)
-        prompts = [prompt.text for prompt in suite.corpus.benign.test]
+        prompts = [prompt.conversation for prompt in suite.corpus.benign.test]
         found = []
         for setting in _settings(section):
             for gated in (False, True) if gate else (False,):
@@ -104,7 +104,7 @@ def sweep(
                     chosen = selected(experiment, section, ranking, setting["n_pos"], setting["n_neg"])
                     how = chosen.steering(setting["strength"])
                     with steering(experiment, how, used):
-                        metrics = suite.measure(experiment.model, experiment.tokenizer, label=f"sweep: {name}").metrics
+                        metrics = suite.measure(experiment.model, experiment.chat, label=f"sweep: {name}").metrics
                     fluency = perplexity(experiment, asked, how, used, prompts) if prompts else None
                 except ValueError as error:
                     say(f"sweep: {name}: left out: {error}")
@@ -138,7 +138,7 @@ def steering_baseline(
         ranking = detect_experts(experiment, section, asked).ranking
         selection = selected(experiment, section, ranking, section.n_pos, section.n_neg)
         with steering(experiment, selection.steering(section.strength)):
-            return experiment.suite.measure(experiment.model, experiment.tokenizer, label="steering baseline").metrics
+            return experiment.suite.measure(experiment.model, experiment.chat, label="steering baseline").metrics
 
     kept = JsonFile(experiment.folder / "stages" / "steering-baseline" / "metrics.json")
     reads = ["detect", "steer", "evaluate"]

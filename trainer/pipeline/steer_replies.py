@@ -8,8 +8,10 @@ from pathlib import Path
 
 from data_prep.errors import UserError
 from data_prep.loaders import Source, load
+from data_prep.schema import Conversation
 from trainer.evaluation.generation import reply
 from trainer.model import load as loading
+from trainer.model.chat import Chat
 from trainer.moe.backbone import Backbone
 from trainer.moe.steering import steer
 from trainer.moe.steering_file import read
@@ -35,7 +37,12 @@ def steered_replies(
     how = file.steering if strength is None else replace(file.steering, strength=strength)
     with steer(backbone, how, file.gate):
         replies = reply(
-            loaded, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=BATCH, label="steered replies"
+            loaded,
+            Chat(tokenizer),
+            [Conversation.of(prompt) for prompt in prompts],
+            max_new_tokens=max_new_tokens,
+            batch_size=BATCH,
+            label="steered replies",
         )
     return [found.text for found in replies]
 

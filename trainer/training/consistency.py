@@ -16,9 +16,10 @@ from typing import Any, Literal
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import TrainingArguments
 
-from trainer.model.chat import Batch, ChatTurn, encode, pad, pad_id
+from data_prep.schema import Conversation
+from trainer.model.chat import Batch, Chat, ChatTurn, pad
 from trainer.model.reply import Reply
 from trainer.moe.routing import Trace, record
 from trainer.moe.sharding import is_sharded
@@ -34,16 +35,16 @@ LAST_PROMPT, RESPONSE_MEAN, RESPONSE_TOKENS = "last_prompt", "response_mean", "r
 class ConsistencyRow:
     """The same refusal after the plain goal and after the jailbreak, and one harmless turn to hold in place."""
 
-    anchor_prompt: str
-    adversarial_prompt: str
+    anchor_prompt: Conversation
+    adversarial_prompt: Conversation
     refusal: Reply
-    benign_prompt: str
+    benign_prompt: Conversation
     benign_reply: Reply
 
 
 def make_routing_consistent(
     trained: TrainableModel,
-    tokenizer: PreTrainedTokenizerBase,
+    chat: Chat,
     rows: Sequence[ConsistencyRow],
     section: ConsistencySection,
     folder: Path,
@@ -60,19 +61,19 @@ def make_routing_consistent(
     config = TrainingArguments(**arguments(section, folder, seed, trained.model))
     trained.train_routers()
     with configs_kept(trained.model):
-        trainer = RoutingConsistencyTrainer(trained, section, folder, tokenizer, config, _dataset(tokenizer, rows))
+        trainer = RoutingConsistencyTrainer(trained, section, folder, chat, config, _dataset(chat, rows))
         return train(trainer, "consistency", inputs)
 
 
-def _dataset(tokenizer: PreTrainedTokenizerBase, rows: Sequence[ConsistencyRow]) -> Dataset:
+def _dataset(chat: Chat, rows: Sequence[ConsistencyRow]) -> Dataset:
     columns: dict[str, list[Any]] = {
         f"{k}_{v}": [] for k in ("anchor", "adversarial", "benign") for v in ("ids", "prompt")
     }
     for row in rows:
         turns = {
-            "anchor": encode(tokenizer, row.anchor_prompt, row.refusal),
-            "adversarial": encode(tokenizer, row.adversarial_prompt, row.refusal),
-            "benign": encode(tokenizer, row.benign_prompt, row.benign_reply),
+            "anchor": chat.encode(row.anchor_prompt, row.refusal),
+            "adversarial": chat.encode(row.adversarial_prompt, row.refusal),
+            "benign": chat.encode(row.benign_prompt, row.benign_reply),
         }
         for side, turn in turns.items():
             columns[f"{side}_ids"].append(turn.ids)
@@ -90,12 +91,12 @@ class RoutingConsistencyTrainer(ResumableTrainer):
         trained: TrainableModel,
         section: ConsistencySection,
         folder: Path,
-        tokenizer: PreTrainedTokenizerBase,
+        chat: Chat,
         config: TrainingArguments,
         dataset: Dataset,
     ):
         self.trained, self.section, self.folder = trained, section, folder
-        padding = pad_id(tokenizer)
+        padding = chat.padding
 
         def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
             sides = {}
@@ -110,7 +111,11 @@ class RoutingConsistencyTrainer(ResumableTrainer):
             return sides
 
         super().__init__(
-            model=trained.model, args=config, train_dataset=dataset, processing_class=tokenizer, data_collator=collate
+            model=trained.model,
+            args=config,
+            train_dataset=dataset,
+            processing_class=chat.tokenizer,
+            data_collator=collate,
         )
         self.model_accepts_loss_kwargs = False
 

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from data_prep.errors import UserError
-from trainer.model.chat import ChatTurn, encode, pad, pad_id
+from data_prep.schema import Conversation
+from trainer.model.chat import Chat, ChatTurn, pad
 from trainer.model.reply import Reply
 from trainer.moe.routing import Trace, flip_rate, pin, record
 from trainer.moe.sharding import is_sharded
@@ -38,7 +38,7 @@ Stream = Literal["repair", "retain"]
 class TrainingRow:
     """One row of the stage. `source` says where it comes from (wrapped harmful, plain benign, ...), for the log."""
 
-    prompt: str
+    prompt: Conversation
     reply: Reply
     stream: Stream
     source: str
@@ -46,7 +46,7 @@ class TrainingRow:
 
 def repair_experts(
     trained: TrainableModel,
-    tokenizer: PreTrainedTokenizerBase,
+    chat: Chat,
     rows: Sequence[TrainingRow],
     section: RepairSection,
     folder: Path,
@@ -65,18 +65,18 @@ def repair_experts(
         router_aux_loss_coef=0.0,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    dataset = _dataset(tokenizer, rows, config.max_length)
+    dataset = _dataset(chat, rows, config.max_length)
     trained.train_experts(routers=section.train_gates)
     with configs_kept(trained.model):
-        trainer = ExpertRepairTrainer(trained, section, folder, tokenizer, config, dataset)
+        trainer = ExpertRepairTrainer(trained, section, folder, chat, config, dataset)
         try:
             return train(trainer, "repair", inputs)
         finally:
             trainer.restore_forward()
 
 
-def _dataset(tokenizer: PreTrainedTokenizerBase, rows: Sequence[TrainingRow], max_length: int | None) -> Dataset:
-    turns = [encode(tokenizer, row.prompt, row.reply) for row in rows]
+def _dataset(chat: Chat, rows: Sequence[TrainingRow], max_length: int | None) -> Dataset:
+    turns = [chat.encode(row.prompt, row.reply) for row in rows]
     limit = max_length or max(len(turn.ids) for turn in turns)
     fitting = [(turn, row) for turn, row in zip(turns, rows, strict=True) if turn.prompt < limit]
     if not fitting:
@@ -110,14 +110,14 @@ class ExpertRepairTrainer(ResumableTrainer, SFTTrainer):
         trained: TrainableModel,
         section: RepairSection,
         folder: Path,
-        tokenizer: PreTrainedTokenizerBase,
+        chat: Chat,
         config: SFTConfig,
         dataset: Dataset,
     ):
         self.trained, self.section, self.folder = trained, section, folder
         self._replayed: Reference | None = None
         self._own_forward = trained.model.__dict__.get("forward")
-        padding = pad_id(tokenizer)
+        padding = chat.padding
 
         def collate(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
             batch = pad([ChatTurn(e["input_ids"], e["prompt_length"]) for e in examples], padding)
@@ -130,7 +130,11 @@ class ExpertRepairTrainer(ResumableTrainer, SFTTrainer):
             }
 
         super().__init__(
-            model=trained.model, args=config, train_dataset=dataset, processing_class=tokenizer, data_collator=collate
+            model=trained.model,
+            args=config,
+            train_dataset=dataset,
+            processing_class=chat.tokenizer,
+            data_collator=collate,
         )
         # Rows are averaged, not tokens, so the loss is scaled for gradient accumulation by the Trainer itself.
         self.model_accepts_loss_kwargs = False

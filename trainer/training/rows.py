@@ -57,18 +57,22 @@ def repair_rows(
     around = [*fresh, *_deal(robust, round(section.robust * n), generator)]
     refused = [goal for goal in corpus.harmful.train if goal.id in refusals]
 
-    rows = [TrainingRow(t.wrapper.wrap(t.goal.text), t.refusal, "repair", "jailbreak") for t in targets]
+    rows = [TrainingRow(t.wrapper.wrap(t.goal.conversation), t.refusal, "repair", "jailbreak") for t in targets]
     for wrapper, goal in zip(around, _deal(refused, len(around), generator), strict=True):
-        rows.append(TrainingRow(wrapper.wrap(goal.text), refusals[goal.id], "repair", f"{wrapper.family} wrapper"))
+        rows.append(
+            TrainingRow(wrapper.wrap(goal.conversation), refusals[goal.id], "repair", f"{wrapper.family} wrapper")
+        )
     for goal in _deal(refused, round(section.anchors * n), generator):
-        rows.append(TrainingRow(goal.text, refusals[goal.id], "repair", "plain harmful"))
+        rows.append(TrainingRow(goal.conversation, refusals[goal.id], "repair", "plain harmful"))
 
     instances = [*(target.wrapper for target in targets), *around]
     twins = _deal(instances, round(section.wrapped_benign * len(instances)), generator)
     harmless = _deal([*corpus.benign.train, *corpus.borderline.train], len(twins), generator)
-    asked = [(w.wrap(prompt.text), "wrapped benign") for w, prompt in zip(twins, harmless, strict=True)]
-    asked += [(p.text, "plain benign") for p in _deal(corpus.benign.train, round(section.plain_benign * n), generator)]
-    asked += [(p.text, "borderline") for p in _deal(corpus.borderline.train, round(section.borderline * n), generator)]
+    plain = _deal(corpus.benign.train, round(section.plain_benign * n), generator)
+    borderline = _deal(corpus.borderline.train, round(section.borderline * n), generator)
+    asked = [(w.wrap(prompt.conversation), "wrapped benign") for w, prompt in zip(twins, harmless, strict=True)]
+    asked += [(prompt.conversation, "plain benign") for prompt in plain]
+    asked += [(prompt.conversation, "borderline") for prompt in borderline]
     prompts = [prompt for prompt, _ in asked]
     answers = ask(prompts, "answers to retain") if asked else []
     rows += [
@@ -97,10 +101,10 @@ def consistency_rows(
     # Without a benign stream the harmless turn is never looked at; the anchor fills its place.
     return [
         ConsistencyRow(
-            target.goal.text,
-            target.wrapper.wrap(target.goal.text),
+            target.goal.conversation,
+            target.wrapper.wrap(target.goal.conversation),
             target.refusal,
-            *(retained[i % len(retained)] if retained else (target.goal.text, target.refusal)),
+            *(retained[i % len(retained)] if retained else (target.goal.conversation, target.refusal)),
         )
         for i, target in enumerate(targets)
     ]

@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
+from data_prep.schema import Conversation
 from trainer.evaluation.judges import refusal_rules as rules
 from trainer.model.reply import Reply, Verdict
 
@@ -67,7 +68,7 @@ class PhraseJudge:
                 raise ValueError("refusal markers must hold text; an empty one would match every reply")
             self._markers = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, phrases))})(?!\w)") if phrases else None
 
-    def __call__(self, prompts: Sequence[str], replies: Sequence[Reply]) -> list[Verdict]:
+    def __call__(self, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> list[Verdict]:
         assert len(prompts) == len(replies), f"{len(replies)} replies to {len(prompts)} prompts"
         return [self.verdict(reply.text) for reply in replies]
 

@@ -82,14 +82,14 @@ def identify(experiment: Experiment[RasaRecipe]) -> Step[Critical]:
 
 
 def _find(experiment: Experiment[RasaRecipe], wrappers: list[Wrapper], k: int) -> Found:
-    recipe, backbone, tokenizer = experiment.recipe, experiment.backbone, experiment.tokenizer
+    recipe, backbone, chat = experiment.recipe, experiment.backbone, experiment.chat
     detect = recipe.detect
     ask = partial(experiment.ask, section=detect)
     report = build_pairs(experiment.corpus.harmful.train, wrappers, ask, experiment.judge, detect.max_pairs)
-    counts = count_activations(backbone, tokenizer, report.pairs, detect.tokens, detect.batch_size)
-    scores = scoring(backbone, tokenizer, report.pairs, counts, detect)
+    counts = count_activations(backbone, chat, report.pairs, detect.tokens, detect.batch_size)
+    scores = scoring(backbone, chat, report.pairs, counts, detect)
     experts = select(scores, counts, k, detect, recipe.run.seed)
-    control = topic_control(backbone, tokenizer, report.pairs, counts, experts, detect)
+    control = topic_control(backbone, chat, report.pairs, counts, experts, detect)
     about: dict[str, object] = {
         "score": detect.score,
         "tokens": detect.tokens,

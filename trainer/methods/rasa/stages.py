@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from data_prep.schema import Conversation
 from trainer.methods.rasa.identify import Critical
 from trainer.methods.rasa.recipe import RasaRecipe
 from trainer.model.reply import Reply
@@ -41,16 +42,14 @@ class Stages:
 
     def repair(self, folder: Path, identity: str) -> StageResult:
         """Minimise L_SFT over the critical experts at the present router."""
-        recipe, tokenizer = self.experiment.recipe, self.experiment.tokenizer
-        return repair_experts(self.model, tokenizer, self.rows(), recipe.repair, folder, recipe.run.seed, identity)
+        recipe, chat = self.experiment.recipe, self.experiment.chat
+        return repair_experts(self.model, chat, self.rows(), recipe.repair, folder, recipe.run.seed, identity)
 
     def consistency(self, folder: Path, identity: str) -> StageResult:
         """Minimise L_router over the routers at the present experts."""
-        recipe, tokenizer = self.experiment.recipe, self.experiment.tokenizer
+        recipe, chat = self.experiment.recipe, self.experiment.chat
         rows = consistency_rows(self.critical.targets, self.rows(), recipe.consistency.benign_weight)
-        return make_routing_consistent(
-            self.model, tokenizer, rows, recipe.consistency, folder, recipe.run.seed, identity
-        )
+        return make_routing_consistent(self.model, chat, rows, recipe.consistency, folder, recipe.run.seed, identity)
 
     def rows(self) -> list[TrainingRow]:
         """Rows of the repair stage, from the original model's own replies."""
@@ -71,7 +70,7 @@ class Stages:
             recipe.run.seed,
         )
 
-    def texts(self) -> list[tuple[str, Reply]]:
+    def texts(self) -> list[tuple[Conversation, Reply]]:
         """Jailbroken and harmless (prompt, reply) turns on which routing drift is measured."""
         rows = self.rows()
         jailbreaks = [(row.prompt, row.reply) for row in rows if row.source == "jailbreak"][:SHOWN]

@@ -77,13 +77,13 @@ def diagnose(experiment: Experiment[SteermoeRecipe], steered: Steered, after: li
 
     def make() -> dict[str, Any]:
         how, corpus = steered.file.steering, experiment.corpus
-        shown_prompts = [goal.text for goal in (corpus.harmful.train or corpus.benign.test)[:PROOF_PROMPTS]]
+        shown_prompts = [goal.conversation for goal in (corpus.harmful.train or corpus.benign.test)[:PROOF_PROMPTS]]
         if seen := corpus.wrappers_of("seen"):
-            shown_prompts = [seen[0].wrap(text) for text in shown_prompts]
+            shown_prompts = [seen[0].wrap(asked) for asked in shown_prompts]
         evidence = proof(experiment, how, shown_prompts) if shown_prompts else {"topk_flip_rate": None}
         if how.strength == 1.0 and evidence.get("forced") is False:
             raise RuntimeError("steering: an expert to activate did not run, or one to deactivate did")
-        benign = [prompt.text for prompt in corpus.benign.test]
+        benign = [prompt.conversation for prompt in corpus.benign.test]
         fluency = None
         if benign:
             asked, gate = experiment.recipe.detect, steered.file.gate
