@@ -46,7 +46,7 @@ def test_a_dense_model_is_refused_with_its_type(small: Small, refused: Refused, 
     LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
     message = refused("run", small(model__name_or_path=str(tmp_path / "dense")))
-    assert "model type 'llama': no router and no experts module found; is it a dense model?" in message
+    assert "model type 'llama' is dense: no router and no experts module found" in message
     assert "model type 'llama'" in refused("inspect", tmp_path / "dense")
 
 

@@ -1,71 +1,20 @@
 import errno
-import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from data_prep.errors import UserError
+from tests.run.steps import Load, interrupted, manifest, work
 from trainer.methods.table import load_recipe, recipe_of
-from trainer.recipe.schema import Recipe
 from trainer.run.folder import Run, model_of
-from trainer.run.manifest import Manifest
 from trainer.run.step import Kept
 from trainer.runtime.files import atomic_write, replacing, save_tensors, write_tensors
-
-Load = Callable[..., Recipe]
-
-
-@dataclass(frozen=True)
-class Text:
-    """A step's artefact: one text."""
-
-    path: Path
-
-    def write(self, made: str) -> None:
-        atomic_write(self.path, made)
-
-    def files(self) -> list[Path]:
-        return [self.path]
-
-    def read(self) -> str:
-        return self.path.read_text()
-
-
-def work(run: Run, inputs: str = "1", name: str = "pairs", content: str = "x", after: list[str] | None = None) -> bool:
-    """Do a step the way a method does; whether there was anything to do."""
-    made = []
-
-    def make() -> str:
-        made.append(name)
-        return content
-
-    before = [run.step(n, lambda: content, Text(run.dir / f"{n}.txt"), inputs="1") for n in after or []]
-    step = run.step(name, make, Text(run.dir / f"{name}.txt"), inputs=inputs, after=before)
-    assert step.value == (run.dir / f"{name}.txt").read_text(), "what a run goes on with is what is on disk"
-    return bool(made)
-
-
-def interrupted(run: Run, name: str = "pairs", inputs: str = "1") -> None:
-    """A step that is killed in its middle."""
-    with pytest.raises(KeyboardInterrupt):
-        run.step(name, _killed, Text(run.dir / f"{name}.txt"), inputs=inputs)
-
-
-def _killed() -> str:
-    raise KeyboardInterrupt
-
-
-def manifest(run: Run) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((run.dir / "manifest.json").read_text())
-    return loaded
 
 
 def test_a_new_run(opened: Run, load: Load) -> None:
@@ -113,103 +62,6 @@ def test_a_stage_that_was_interrupted_runs_again(load: Load, capsys: pytest.Capt
     with Run.open(load()) as run:
         assert work(run)
     assert "pairs: runs again: it was interrupted" in capsys.readouterr().out
-
-
-def whole(run: Run, name: str = "pairs") -> bool:
-    """One step that reads the section `repair`, and the run's end; whether there was anything to do."""
-    made = work(run, run.recipe.hash("repair"), name)
-    run.settle()
-    return made
-
-
-def test_a_replacement_that_fails_leaves_step_recipe_and_manifest_as_they_were(load: Load) -> None:
-    with Run.open(load()) as run:
-        assert whole(run)
-    before = {path.name: path.read_bytes() for path in run.dir.iterdir() if path.name != ".lock"}
-    with Run.open(load("repair.max_steps=5")) as run:
-        interrupted(run, inputs=run.recipe.hash("repair"))
-    assert {path.name: path.read_bytes() for path in run.dir.iterdir() if path.name != ".lock"} == before
-    with Run.open(load()) as run:
-        assert not whole(run)
-
-
-def test_a_recipe_comes_into_force_with_the_first_step_that_completes_under_it(load: Load) -> None:
-    with Run.open(load()) as run:
-        whole(run)
-    changed = load("repair.max_steps=5")
-    with Run.open(changed) as run:
-        assert manifest(run)["recipe"]["repair"].get("max_steps") is None
-        work(run, run.recipe.hash("repair"))
-        assert load_recipe(run.dir / "recipe.yaml") == changed
-        found = Manifest.read(run.dir)
-        assert found.recipe == changed.tree() and found.stages["pairs"].recipe_hash == changed.hash()
-        with pytest.raises(UserError, match="do not belong together"):
-            found.require_settled(run.dir)
-        run.settle()
-    Manifest.read(run.dir).require_settled(run.dir)
-
-
-def test_a_recipe_that_changes_no_step_comes_into_force_when_the_run_ends(load: Load) -> None:
-    with Run.open(load()) as run:
-        whole(run)
-    changed = load("evaluate.batch_size=3")
-    with Run.open(changed) as run:
-        assert not work(run, run.recipe.hash("repair"))
-        assert Manifest.read(run.dir).recipe == load().tree()
-        run.settle()
-    found = Manifest.read(run.dir)
-    assert found.recipe == changed.tree() and list(found.current) == ["pairs"] and not found.mixed
-
-
-def test_a_step_that_only_an_attempt_began_is_none_of_the_recipe_in_force(load: Load) -> None:
-    with Run.open(load()) as run:
-        whole(run)
-    with Run.open(load("repair.max_steps=5")) as run:
-        interrupted(run, "control")
-    found = Manifest.read(run.dir)
-    assert list(found.current) == ["pairs"] and found.stages["control"].status == "started"
-    found.require_settled(run.dir)
-
-
-def test_a_folder_where_a_step_wrote_a_file_is_refused_before_anything_is_made_again(load: Load) -> None:
-    with Run.open(load()) as run:
-        work(run)
-        (run.dir / "pairs.txt").unlink()
-        (run.dir / "pairs.txt").mkdir()
-        with pytest.raises(UserError, match=r"pairs\.txt: is a folder, expected the file"):
-            work(run)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("outputs", {"../../etc/passwd": "0"}),
-        ("outputs", {"/etc/passwd": "0"}),
-        ("outputs", {"a\0b": "0"}),
-        ("seconds", -1),
-        ("seconds", "soon"),
-        ("status", "nearly"),
-        ("inputs", None),
-    ],
-)
-def test_a_manifest_with_a_wrong_record_is_refused_by_key(load: Load, key: str, value: object) -> None:
-    with Run.open(load()) as run:
-        work(run)
-    path = run.dir / "manifest.json"
-    changed = json.loads(path.read_text())
-    changed["stages"]["pairs"][key] = value
-    path.write_text(json.dumps(changed))
-    with pytest.raises(UserError, match=rf"manifest\.json: .*stages\.pairs\.{key}") as caught:
-        Run.open(load())
-    assert "\n" not in str(caught.value)
-
-
-def test_a_manifest_whose_recipe_holds_no_number_is_refused_by_key(load: Load) -> None:
-    Run.open(load()).close()
-    path = load().folder / "manifest.json"
-    path.write_text(path.read_text().replace('"bootstrap": 200', '"bootstrap": NaN'))
-    with pytest.raises(UserError, match=r"manifest\.json: .*detect\.bootstrap: found nan"):
-        Run.open(load())
 
 
 def test_a_stage_with_other_inputs_runs_again(opened: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -466,6 +318,7 @@ TWO_RANKS = """
 import os, sys
 from pathlib import Path
 import torch.distributed as dist
+from tests.run.steps import Load, interrupted, manifest, work
 from trainer.methods.table import load_recipe, recipe_of
 from trainer.run.folder import Run
 from trainer.run.step import JsonFile
