@@ -258,13 +258,23 @@ def test_a_run_of_a_former_release_is_recognised_and_refused_in_one_line(load: L
         assert work(anew)
 
 
-def test_a_lock_leaves_a_file_alone_that_its_name_points_to(load: Load, tmp_path: Path) -> None:
-    (tmp_path / "precious").write_text("precious")
-    load().folder.mkdir(parents=True)
-    (load().folder / ".lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(OSError, match="lock"):
+@pytest.mark.parametrize("kind", ["symbolic link", "hard link", "folder", "fifo"])
+def test_a_lock_leaves_a_file_alone_that_its_name_points_to(load: Load, tmp_path: Path, kind: str) -> None:
+    precious, lock = tmp_path / "precious", load().folder / ".lock"
+    precious.write_text("precious")
+    lock.parent.mkdir(parents=True)
+    make = {"symbolic link": lock.symlink_to, "hard link": lock.hardlink_to}
+    make.get(kind, lambda _: lock.mkdir() if kind == "folder" else os.mkfifo(lock))(precious)
+    with pytest.raises(UserError, match=r"\.lock: (is no file|holds something else)"):
         Run.open(load())
-    assert (tmp_path / "precious").read_text() == "precious"
+    assert precious.read_text() == "precious"
+
+
+def test_a_lock_in_use_that_holds_no_process_id(load: Load) -> None:
+    with Run.open(load()) as run:
+        (run.dir / ".lock").write_bytes(b"\xff\xfe")
+        with pytest.raises(UserError, match="in use by process unknown"):
+            Run.open(load())
 
 
 def test_the_model_of_a_run(load: Load) -> None:

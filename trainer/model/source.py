@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, has_file
 
 from data_prep.errors import UserError
+from trainer.model.weight_files import CheckpointFiles
 
 
 def check_source(name: str, revision: str | None = None) -> None:
@@ -14,7 +15,7 @@ def check_source(name: str, revision: str | None = None) -> None:
 
     Raises:
         UserError: neither a folder nor a Hub id; a file; pickled weights, which can run code when they are read; a
-            repository that cannot be had from the Hub.
+            repository that cannot be had from the Hub; in a folder a weight file that is missing, damaged or cut.
     """
     path = Path(name)
     if path.is_file():
@@ -27,9 +28,8 @@ def check_source(name: str, revision: str | None = None) -> None:
             f"model.name_or_path: {name!r} is no folder here and no Hub id; allowed: a folder, or owner/name"
         )
     try:
-        if any(has_file(name, file, revision) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
-            return
-        pickled = [file for file in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if has_file(name, file, revision)]
+        safe = any(has_file(name, file, revision) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+        pickled = [file for file in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if not safe and has_file(name, file, revision)]
     except (OSError, ValueError) as error:
         raise not_to_be_had(name, error) from error
     if pickled:
@@ -37,6 +37,10 @@ def check_source(name: str, revision: str | None = None) -> None:
             f"model.name_or_path: {name!r} holds {pickled[0]} and no {SAFE_WEIGHTS_NAME}; pickled weights are not "
             "read, because reading one can run code; convert it to safetensors first"
         )
+    if path.is_dir():
+        with CheckpointFiles(path) as files:  # transformers would not say which file is damaged
+            for file in files.files:
+                files.metadata(file)
 
 
 def not_to_be_had(name: str, error: Exception) -> UserError:

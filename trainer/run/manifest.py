@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from data_prep.errors import UserError
 from trainer import __version__
+from trainer.moe.json_files import first_problem
 from trainer.recipe.schema import Recipe
 from trainer.recipe.tree import plain_tree
 from trainer.runtime.files import sha256_text
@@ -111,10 +112,8 @@ class Manifest(BaseModel):
                     f"{folder}: begun by a former release ({_format(content)}), whose steps this one cannot take up; "
                     "start anew with --force or under another run.name (its files stay readable)"
                 ) from None
-            first = error.errors(include_url=False)[0]
-            where = ".".join(str(part) for part in first["loc"])
             raise UserError(
-                f"{path}: not a manifest of RouteAlign, or damaged: {where + ': ' if where else ''}{first['msg']}; "
+                f"{path}: not a manifest of RouteAlign, or damaged: {first_problem(error)}; "
                 "remove the folder by hand, or choose another run.name"
             ) from error
 
