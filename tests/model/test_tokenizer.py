@@ -66,7 +66,7 @@ SHOWS = "{% for m in messages %}{{ m.content }}{% endfor %}"
 def test_a_chat_template_that_does_not_work_is_refused(template: str, words: str) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
-    with pytest.raises(UserError, match="model.name_or_path: the chat template of 'm' ") as caught:
+    with pytest.raises(UserError, match=r"model\.name_or_path: the chat template of 'm' ") as caught:
         check_template(tokenizer, "m")
     assert words in str(caught.value) and "\n" not in str(caught.value)
 

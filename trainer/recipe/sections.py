@@ -26,7 +26,13 @@ class RunSection(Section):
         description="folder name of the run: letters, digits, '.', '_', '-'",
     )
     seed: int = Field(0, ge=0, lt=2**31, description="seed of everything that is drawn")
-    output_dir: str = Field("runs", min_length=1, description="the run folder is <output_dir>/<name>")
+    output_dir: str = Field(
+        "runs",
+        min_length=1,
+        max_length=3000,
+        pattern=r"^[^\x00-\x1f\x7f]+$",
+        description="a path without control characters; the run folder is <output_dir>/<name>",
+    )
 
 
 class ModelSection(Section):

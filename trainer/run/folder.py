@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -51,8 +51,9 @@ class Run:
         # A refusal frees the lock: a program that goes on may open the folder with another recipe.
         with contextlib.ExitStack() as on_error:
             if is_main_process():
-                _refuse_foreign(folder, force)
-                folder.mkdir(parents=True, exist_ok=True)
+                with _naming_the_key(folder):
+                    _refuse_foreign(folder, force)
+                    folder.mkdir(parents=True, exist_ok=True)
                 lock = Lock.take(folder / LOCK, f"{folder}: in use by process {{pid}}; wait for it, or set run.name")
                 on_error.callback(lock.release)
                 if force:
@@ -276,6 +277,15 @@ def _flat(tree: Any, at: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict) or (at and not tree):
         return {at: tree}
     return {key: v for name, sub in tree.items() for key, v in _flat(sub, f"{at}.{name}" if at else name).items()}
+
+
+@contextlib.contextmanager
+def _naming_the_key(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        said = error.strerror or str(error)
+        raise OSError(f"run.output_dir: the run folder {folder} cannot be made or read: {said}") from error
 
 
 def _refuse_foreign(folder: Path, force: bool) -> None:
