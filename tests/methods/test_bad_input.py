@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from data_prep.organism.build import Organism
 from tests.tiny import tiny_model, tiny_tokenizer
+from trainer.cli.app import main
 
 Small = Callable[..., Path]
 Refused = Callable[..., str]
@@ -46,7 +47,7 @@ def test_a_dense_model_is_refused_with_its_type(small: Small, refused: Refused, 
     LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
     message = refused("run", small(model__name_or_path=str(tmp_path / "dense")))
-    assert "model type 'llama': no router and no experts module found; is it a dense model?" in message
+    assert "model type 'llama' is dense: no router and no experts module found" in message
     assert "model type 'llama'" in refused("inspect", tmp_path / "dense")
 
 
@@ -135,3 +136,34 @@ def test_a_full_disk_while_saving_is_one_line_and_loses_no_finished_stage(small:
     again = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert "detect: done before, kept" in again.stdout
+
+
+def test_no_slip_over_a_finished_run_costs_any_of_it(
+    small: Small, refused: Refused, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Refused by the recipe, by a library, by the model, or while a stage runs: the good recipe goes on as before."""
+    recipe, folder = small(), tmp_path / "runs/small"
+
+    def run() -> str:
+        with pytest.raises(SystemExit) as left:
+            main(["run", str(recipe)])
+        assert left.value.code == 0
+        return capfd.readouterr().out
+
+    run()
+    wrong = {
+        "repair.weight_decay=.inf": "repair.weight_decay: found inf",
+        "repair.lr_scheduler_kwargs={nonsense: 1}": "repair: found ",
+        "detect.top_k=1000": "detect.top_k: 1000 selects 1000 experts",
+        "detect.max_new_tokens=5000": "detect.max_new_tokens: found 5000",
+        "evaluate.refusal_markers=[zzzz]": "no pair survives",
+        "repair.learning_rate=1e30": "repair: loss is",
+    }
+    files = ("manifest.json", "recipe.yaml", "evaluation.json", "audit.json", "model/model.safetensors")
+    before = {name: (folder / name).read_bytes() for name in files}
+    for override, words in wrong.items():
+        more = ["repair.max_grad_norm=0", "repair.warmup_steps=0"] if "learning_rate" in override else []
+        assert words in refused("run", recipe, override, *more)
+        assert {name: (folder / name).read_bytes() for name in files} == before, override
+    out = run()
+    assert "runs again" not in out and "repair-1: done before, kept" in out

@@ -39,7 +39,7 @@ def test_a_dense_model_is_refused_and_says_so() -> None:
         num_attention_heads=2,
         num_key_value_heads=2,
     )
-    with pytest.raises(ValueError, match="'llama': no router and no experts module found; is it a dense model"):
+    with pytest.raises(ValueError, match="'llama' is dense: no router and no experts module found"):
         Backbone.of(LlamaForCausalLM(config))
 
 

@@ -58,7 +58,7 @@ BAD_VALUES = {
 }
 
 BAD_TRAINER_ARGS = {
-    "repair.learning_rat=5": ["repair.learning_rat", "did you mean 'learning_rate'", "every field of SFTConfig"],
+    "repair.learning_rat=5": ["repair.learning_rat", "did you mean 'learning_rate'", "of SFTConfig"],
     "repair.learning_rate=fast": ["repair.learning_rate", "'fast' (str)", "number"],
     "repair.learning_rate=-1": ["repair.learning_rate", "-1", "at least 0"],
     "repair.max_steps=true": ["repair.max_steps", "true (bool)", "integer"],
@@ -73,7 +73,7 @@ BAD_TRAINER_ARGS = {
     "repair.padding_free=true": ["repair.padding_free", "true", "expected false"],
     "repair.load_best_model_at_end=true": ["repair.load_best_model_at_end", "expected false"],
     "repair.hub_token=abc": ["repair.hub_token", "HF_TOKEN"],
-    "consistency.packing=true": ["consistency.packing", "unknown key", "every field of TrainingArguments"],
+    "consistency.packing=true": ["consistency.packing", "unknown key", "of TrainingArguments"],
 }
 
 
@@ -254,7 +254,11 @@ def test_every_key_is_described() -> None:
 
 
 PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(codec="utf-8")),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63) + 1, 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(codec="utf-8", exclude_characters="\0")),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abcxyz_", min_size=1), inner, max_size=3),
     max_leaves=8,
 )

@@ -190,7 +190,7 @@ def test_figures_of_other_methods_are_shown_under_their_own_key(run_dir):
 
 def test_without_evaluation_there_is_no_report(run_dir):
     (run_dir / "evaluation.json").write_text('{"before": {}}')
-    with pytest.raises(UserError, match="'after'"):
+    with pytest.raises(UserError, match="after: the key is missing"):
         html.write(run_dir)
     (run_dir / "evaluation.json").unlink()
     with pytest.raises(UserError, match=r"evaluation\.json not found"):

@@ -1,70 +1,20 @@
 import errno
-import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from data_prep.errors import UserError
+from tests.run.steps import Load, interrupted, manifest, work
 from trainer.methods.table import load_recipe, recipe_of
-from trainer.recipe.schema import Recipe
 from trainer.run.folder import Run, model_of
 from trainer.run.step import Kept
 from trainer.runtime.files import atomic_write, replacing, save_tensors, write_tensors
-
-Load = Callable[..., Recipe]
-
-
-@dataclass(frozen=True)
-class Text:
-    """A step's artefact: one text."""
-
-    path: Path
-
-    def write(self, made: str) -> None:
-        atomic_write(self.path, made)
-
-    def files(self) -> list[Path]:
-        return [self.path]
-
-    def read(self) -> str:
-        return self.path.read_text()
-
-
-def work(run: Run, inputs: str = "1", name: str = "pairs", content: str = "x", after: list[str] | None = None) -> bool:
-    """Do a step the way a method does; whether there was anything to do."""
-    made = []
-
-    def make() -> str:
-        made.append(name)
-        return content
-
-    before = [run.step(n, lambda: content, Text(run.dir / f"{n}.txt"), inputs="1") for n in after or []]
-    step = run.step(name, make, Text(run.dir / f"{name}.txt"), inputs=inputs, after=before)
-    assert step.value == (run.dir / f"{name}.txt").read_text(), "what a run goes on with is what is on disk"
-    return bool(made)
-
-
-def interrupted(run: Run, name: str = "pairs", inputs: str = "1") -> None:
-    """A step that is killed in its middle."""
-    with pytest.raises(KeyboardInterrupt):
-        run.step(name, _killed, Text(run.dir / f"{name}.txt"), inputs=inputs)
-
-
-def _killed() -> str:
-    raise KeyboardInterrupt
-
-
-def manifest(run: Run) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((run.dir / "manifest.json").read_text())
-    return loaded
 
 
 def test_a_new_run(opened: Run, load: Load) -> None:
@@ -93,7 +43,6 @@ def test_a_finished_stage_is_recorded_and_kept(load: Load, capsys: pytest.Captur
     [
         (lambda run: (run.dir / "pairs.txt").unlink(), "pairs.txt is missing"),
         (lambda run: (run.dir / "pairs.txt").write_text("y"), "pairs.txt was changed"),
-        (lambda run: interrupted(run, inputs="2"), "it was interrupted"),
     ],
 )
 def test_why_a_stage_runs_again(
@@ -105,6 +54,14 @@ def test_why_a_stage_runs_again(
     with Run.open(load()) as run:
         assert work(run)
     assert f"pairs: runs again: {reason}" in capsys.readouterr().out
+
+
+def test_a_stage_that_was_interrupted_runs_again(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    with Run.open(load()) as run:
+        interrupted(run)
+    with Run.open(load()) as run:
+        assert work(run)
+    assert "pairs: runs again: it was interrupted" in capsys.readouterr().out
 
 
 def test_a_stage_with_other_inputs_runs_again(opened: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -301,13 +258,23 @@ def test_a_run_of_a_former_release_is_recognised_and_refused_in_one_line(load: L
         assert work(anew)
 
 
-def test_a_lock_leaves_a_file_alone_that_its_name_points_to(load: Load, tmp_path: Path) -> None:
-    (tmp_path / "precious").write_text("precious")
-    load().folder.mkdir(parents=True)
-    (load().folder / ".lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(OSError, match="lock"):
+@pytest.mark.parametrize("kind", ["symbolic link", "hard link", "folder", "fifo"])
+def test_a_lock_leaves_a_file_alone_that_its_name_points_to(load: Load, tmp_path: Path, kind: str) -> None:
+    precious, lock = tmp_path / "precious", load().folder / ".lock"
+    precious.write_text("precious")
+    lock.parent.mkdir(parents=True)
+    make = {"symbolic link": lock.symlink_to, "hard link": lock.hardlink_to}
+    make.get(kind, lambda _: lock.mkdir() if kind == "folder" else os.mkfifo(lock))(precious)
+    with pytest.raises(UserError, match=r"\.lock: (is no file|holds something else)"):
         Run.open(load())
-    assert (tmp_path / "precious").read_text() == "precious"
+    assert precious.read_text() == "precious"
+
+
+def test_a_lock_in_use_that_holds_no_process_id(load: Load) -> None:
+    with Run.open(load()) as run:
+        (run.dir / ".lock").write_bytes(b"\xff\xfe")
+        with pytest.raises(UserError, match="in use by process unknown"):
+            Run.open(load())
 
 
 def test_the_model_of_a_run(load: Load) -> None:
@@ -361,6 +328,7 @@ TWO_RANKS = """
 import os, sys
 from pathlib import Path
 import torch.distributed as dist
+from tests.run.steps import Load, interrupted, manifest, work
 from trainer.methods.table import load_recipe, recipe_of
 from trainer.run.folder import Run
 from trainer.run.step import JsonFile

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trainer import __version__
+from trainer.cli.boundary import one_line, refusal
 from trainer.runtime import signals
-from trainer.runtime.console import is_main_process, printable, say
+from trainer.runtime.console import is_main_process, say
+from trainer.runtime.processes import check_environment
 
 if TYPE_CHECKING:
     from trainer.methods.method import Method
@@ -89,13 +91,20 @@ def inspect(
     recipe: Annotated[Path | None, typer.Option(help="Say what this recipe would train.")] = None,
 ) -> None:
     """Show a model's routers and experts."""
-    from trainer.model.describe import description, print_table, read
+    from data_prep.errors import UserError
+    from trainer.model.describe import caution, description, print_table, read
+    from trainer.recipe.sections import ModelSection
 
+    if not model:
+        raise UserError("inspect: found no model; expected a Hub id or a local folder")
     loaded = _recipe(recipe, None) if recipe else None
-    section = loaded.model if loaded else None
+    as_said = {"revision": loaded.model.revision, "dtype": loaded.model.dtype} if loaded else {}
+    section = ModelSection.model_validate({"name_or_path": model, **as_said})
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        backbone = read(model, section.revision if section else None, section.dtype if section else "auto")
+        backbone = read(section)
     found = description(backbone)
+    if said := caution(section):
+        print(said, file=sys.stderr)
     if loaded is not None:
         from trainer.planning.parts import would_change
 
@@ -237,13 +246,14 @@ def steer(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and leave with its exit code: 0, 2 for a user's error, 130 when interrupted, 143 at SIGTERM.
 
-    Exceptions other than `ValueError` and `OSError` are our bugs and pass through.
+    Exceptions that `boundary.refusal` does not know are our bugs and pass through, with their traceback.
     """
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     debug = "--debug" in given
     _quiet()
     signals.install()
     try:
+        check_environment()
         code = app([item for item in given if item != "--debug"], prog_name="routealign", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(INTERRUPTED)
@@ -252,18 +262,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise
     except typer.TyperException as error:
         _fail(error.format_message())
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        line = refusal(error)
+        if line is None:
+            raise
         if debug:
             traceback.print_exc()
             sys.exit(USER_ERROR)
-        _fail(str(error) or type(error).__name__)
+        _fail(line)
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _fail(message: str) -> None:
-    rank = int(os.environ.get("RANK", "0"))
-    line = printable(" ".join(message.split()))
-    print(f"error: {f'[rank {rank}] ' if rank else ''}{line}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    print(f"error: {f'[rank {rank}] ' if rank != '0' else ''}{one_line(message)}", file=sys.stderr)
     sys.exit(USER_ERROR)
 
 

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from data_prep.errors import UserError
 from trainer.engines.launch_config import no_deepspeed
 from trainer.engines.table import TABLE, Capabilities, names
-from trainer.model.load import hollow, load, read_tokenizer
+from trainer.model.load import hollow, load
+from trainer.model.tokenizer import read_tokenizer
 from trainer.moe.backbone import Backbone
 from trainer.moe.scoring import Scoring
 from trainer.moe.sharding import shard_fsdp2, shard_zero3, spread

@@ -52,3 +52,8 @@ def release(trainer: Trainer) -> None:
             trainer.deepspeed.destroy()
         unset_hf_deepspeed_config()  # else every model that is loaded later is partitioned while it is made
     trainer.accelerator.free_memory()
+
+
+def forget_arguments() -> None:
+    """Undo what making a trainer's arguments leaves behind, which would partition every model that is loaded later."""
+    unset_hf_deepspeed_config()

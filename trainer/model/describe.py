@@ -4,22 +4,44 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.model.load import load
+import torch
+from accelerate import PartialState
+
+from data_prep.errors import UserError
+from trainer.model.load import read_model
+from trainer.model.source import check_source
+from trainer.model.tokenizer import check_template, load_tokenizer
 from trainer.moe.backbone import Backbone
 from trainer.moe.sharding import size
 from trainer.recipe.sections import ModelSection
 from trainer.runtime.console import say, table
 
 
-def read(model_name: str, revision: str | None = None, dtype: str = "auto") -> Backbone:
-    """Load a model and check the module contract numerically.
+def read(section: ModelSection) -> Backbone:
+    """Load a model, without its tokenizer, on this process's own device, and check the module contract numerically.
 
     Raises:
-        ValueError: no routers or experts found, or a router that breaks the contract; says which.
+        UserError: no model there, a dense one, or a router that breaks the contract; names the model and says which.
     """
-    section = ModelSection.model_validate({"name_or_path": model_name, "revision": revision, "dtype": dtype})
-    model, _ = load(section)
-    return Backbone.of(model).check()
+    name = section.name_or_path
+    check_source(name, section.revision)
+    dtype = section.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
+    model = read_model(name, dtype, revision=section.revision, trust_remote_code=section.trust_remote_code)
+    try:
+        return Backbone.of(model.to(PartialState().device)).check()
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from error
+
+
+def caution(section: ModelSection) -> str | None:
+    """What keeps a run from talking to the model, though its routers and experts can be looked at; or None."""
+    try:
+        check_template(load_tokenizer(section.name_or_path, section.revision), section.name_or_path)
+    except UserError as error:
+        return f"caution: {error}; a run would be refused, inspect needs neither"
+    return None
 
 
 def description(backbone: Backbone) -> dict[str, Any]:

@@ -14,22 +14,15 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     Mxfp4Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import (
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
-    has_file,
-    logging,
-)
+from transformers.utils import logging
 
 from data_prep.errors import UserError
+from trainer.model.tokenizer import read_tokenizer
 from trainer.recipe.sections import ModelSection
 
 if not sys.stderr.isatty():
@@ -44,8 +37,7 @@ def load(section: ModelSection, device: torch.device | None = None) -> tuple[Pre
     loaded in bfloat16, since packed experts cannot be split.
 
     Raises:
-        UserError: neither a folder nor a Hub id, no safetensors, weights in a quantised format other than MXFP4, or a
-            tokenizer without a chat template.
+        UserError: as `read_tokenizer`; weights in a quantised format other than MXFP4.
         OSError: transformers' own message where files are missing or the Hub cannot be reached.
     """
     tokenizer = read_tokenizer(section)
@@ -56,26 +48,6 @@ def load(section: ModelSection, device: torch.device | None = None) -> tuple[Pre
     if section.quantization is not None:
         device = torch.device("cpu")
     return model.to(device or PartialState().device), tokenizer
-
-
-def read_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint whose weights may be read; raises as `load` does."""
-    name = section.name_or_path
-    if not Path(name).exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        raise UserError(
-            f"model.name_or_path: {name!r} is no folder here and no Hub id; allowed: a folder, or owner/name"
-        )
-    _refuse_pickles(name, section.revision)
-    tokenizer = AutoTokenizer.from_pretrained(
-        name, revision=section.revision, trust_remote_code=section.trust_remote_code
-    )
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"model.name_or_path: the tokenizer of {name!r} has no chat template; use a chat-tuned checkpoint"
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def read_model(
@@ -139,18 +111,6 @@ def hollow(section: ModelSection, dtypes: dict[str, torch.dtype]) -> PreTrainedM
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else made[id(buffer)]
     return model
-
-
-def _refuse_pickles(name: str, revision: str | None) -> None:
-    """Safetensors only: a pickled checkpoint can run code when it is read."""
-    if any(has_file(name, file, revision) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
-        return
-    pickled = [file for file in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if has_file(name, file, revision)]
-    if pickled:
-        raise UserError(
-            f"model.name_or_path: {name!r} holds {pickled[0]} and no {SAFE_WEIGHTS_NAME}; pickled weights are not "
-            "read, because reading one can run code; convert it to safetensors first"
-        )
 
 
 def class_of(config: PreTrainedConfig, trust_remote_code: bool) -> Any:

@@ -332,4 +332,4 @@ def _why_no_experts(model: nn.Module, kind: str, has_router: bool) -> str:
         )
     if has_router:
         return f"model type {kind!r}: routers but no fused experts found (3-D down_proj with has_gate, is_transposed)"
-    return f"model type {kind!r}: no router and no experts module found; is it a dense model?"
+    return f"model type {kind!r} is dense: no router and no experts module found; allowed: a Mixture-of-Experts model"

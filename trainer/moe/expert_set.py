@@ -7,8 +7,17 @@ import random
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from trainer.moe.json_files import Record, parse
 
 VERSION = 1
+Index = Annotated[int, Field(ge=0, lt=65536)]
+"""Of a decoder layer, or of an expert in it."""
+Size = Annotated[int, Field(ge=1, le=65536)]
+"""Experts of a layer."""
 
 
 @dataclass(frozen=True, order=True)
@@ -144,18 +153,33 @@ class ExpertSet:
         """Read a set written by `to_json`.
 
         Raises:
-            ValueError: not JSON, another version, or a missing key; the message names the file.
+            ValueError: not JSON, another version, a key that is missing, of another type or out of bounds, or an
+                expert that does not exist; the message names the file and the key.
         """
+        read = parse(Path(path), _File, "an expert set")
         try:
-            data = json.loads(Path(path).read_text())
-            if data["version"] != VERSION:
-                raise ValueError(f"version {data['version']}, this release reads version {VERSION}")
             return cls(
-                members=tuple(Member(m["layer"], m["expert"], m["score"], m["stability"]) for m in data["members"]),
-                experts_per_layer={int(k): int(v) for k, v in data["experts_per_layer"].items()},
-                model=data["model"],
-                about=data["about"],
-                shared=tuple(data.get("shared_experts", ())),  # older sets have none
+                members=tuple(Member(m.layer, m.expert, m.score, m.stability) for m in read.members),
+                experts_per_layer=read.experts_per_layer,
+                model=read.model,
+                about=read.about,
+                shared=tuple(read.shared_experts),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}: not an expert set: {error}") from error
+
+
+class _Member(Record):
+    layer: Index
+    expert: Index
+    score: float
+    stability: Annotated[float, Field(ge=0, le=1)] | None
+
+
+class _File(Record):
+    version: Literal[1]
+    model: str
+    experts_per_layer: dict[Index, Size]
+    about: dict[str, Any]
+    shared_experts: list[Index] = []  # older sets have none
+    members: list[_Member]

@@ -7,11 +7,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, model_validator
+from pydantic_core import from_json
 
 from trainer.moe.backbone import Backbone
-from trainer.moe.expert_set import ExpertSet
+from trainer.moe.expert_set import ExpertSet, Index, Size
+from trainer.moe.json_files import Record, parse
 from trainer.moe.sharding import whole
 from trainer.moe.steering import Steering
 from trainer.moe.steering_gate import Gate
@@ -104,38 +108,58 @@ class SteeringFile:
         """Read a file written by `to_json`.
 
         Raises:
-            ValueError: not JSON, another format, a missing key, contradictory sets, an expert that does not exist;
-                the message names the file.
+            ValueError: not JSON, another format, a key that is missing, of another type or out of bounds,
+                contradictory sets, an expert that does not exist; the message names the file and the key.
         """
+        read = parse(Path(path), _File, "a usable steering file")
+        gate = read.gate
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            if not isinstance(data, dict) or data.get("format") != FORMAT:
-                found = data.get("format") if isinstance(data, dict) else type(data).__name__
-                raise ValueError(f"format {found!r}, this release reads {FORMAT!r}")
-            gate = data["gate"]
-            steering = Steering(
-                _by_layer(data["activate"]), _by_layer(data["deactivate"]), float(data["strength"]), float(data["eps"])
-            )
-            loaded = cls(
-                model=data["model"],
-                revision=data["revision"],
-                model_type=data["model_type"],
-                experts_per_layer={int(k): int(v) for k, v in data["experts_per_layer"].items()},
-                top_k={int(k): int(v) for k, v in data["top_k"].items()},
-                routers=data["routers_sha256"],
-                steering=steering,
-                per_layer_cap=data["per_layer_cap"],
-                gate=Gate(int(gate["layer"]), tuple(gate["weight_D"]), float(gate["bias"]), gate["about"])
-                if gate
-                else None,
-                about=data["about"],
-            )
-            steering.check(loaded.experts_per_layer, loaded.top_k)
-        except KeyError as error:
-            raise ValueError(f"{path}: not a steering file: key {error} is missing") from error
-        except (TypeError, ValueError, AttributeError) as error:
+            steering = Steering(_by_layer(read.activate), _by_layer(read.deactivate), read.strength, read.eps)
+            steering.check(read.experts_per_layer, read.top_k)
+        except ValueError as error:
             raise ValueError(f"{path}: not a usable steering file: {error}") from error
-        return loaded
+        return cls(
+            model=read.model,
+            revision=read.revision,
+            model_type=read.model_type,
+            experts_per_layer=read.experts_per_layer,
+            top_k=read.top_k,
+            routers=read.routers_sha256,
+            steering=steering,
+            per_layer_cap=read.per_layer_cap,
+            gate=Gate(gate.layer, tuple(gate.weight_D), gate.bias, gate.about) if gate else None,
+            about=read.about,
+        )
+
+
+class _Gate(Record):
+    layer: Index
+    weight_D: Annotated[list[float], Field(min_length=1)]
+    bias: float
+    about: dict[str, Any]
+
+
+class _File(Record):
+    format: Literal["routealign-steering-1"]
+    model: str
+    revision: str | None
+    model_type: str
+    experts_per_layer: dict[Index, Size]
+    top_k: dict[Index, Size]
+    routers_sha256: str
+    activate: list[tuple[Index, Index]]
+    deactivate: list[tuple[Index, Index]]
+    strength: Annotated[float, Field(ge=0, le=1)]
+    eps: Annotated[float, Field(gt=0, le=1e6)]
+    per_layer_cap: Size | None
+    gate: _Gate | None
+    about: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _same_layers(self) -> _File:
+        if self.top_k.keys() != self.experts_per_layer.keys():
+            raise ValueError("top_k and experts_per_layer are of different layers")
+        return self
 
 
 def read(path: Path, backbone: Backbone, model: str) -> SteeringFile:
@@ -145,7 +169,7 @@ def read(path: Path, backbone: Backbone, model: str) -> SteeringFile:
         ValueError: neither kind of file, or one of another model; the message names the file.
     """
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = from_json(Path(path).read_bytes())
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
     if not (isinstance(data, dict) and "members" in data):
@@ -156,7 +180,12 @@ def read(path: Path, backbone: Backbone, model: str) -> SteeringFile:
         if experts.experts_per_layer != sizes:
             raise ValueError(f"{path}: an expert set of another model: its experts by layer differ from {model}'s")
         off = {layer: tuple(members) for layer, members in experts.by_layer().items()}
-        loaded = SteeringFile.of(backbone, Steering(deactivate=off), model=model)
+        try:
+            loaded = SteeringFile.of(backbone, Steering(deactivate=off), model=model)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    if not loaded.steering.layers:
+        raise ValueError(f"{path}: names no expert; expected at least one to activate or deactivate")
     try:
         loaded.require(backbone, model)
     except ValueError as error:
@@ -186,8 +215,8 @@ def _pairs(experts: Mapping[int, tuple[int, ...]]) -> list[list[int]]:
     return [[layer, expert] for layer in sorted(experts) for expert in experts[layer]]
 
 
-def _by_layer(pairs: list[list[int]]) -> dict[int, tuple[int, ...]]:
+def _by_layer(pairs: list[tuple[int, int]]) -> dict[int, tuple[int, ...]]:
     layers: dict[int, tuple[int, ...]] = {}
     for layer, expert in pairs:
-        layers[int(layer)] = (*layers.get(int(layer), ()), int(expert))
+        layers[layer] = (*layers.get(layer, ()), expert)
     return layers

@@ -113,6 +113,7 @@ class Experiment(Generic[R]):
                 f"allowed: {', '.join(names(lambda e: e.holds_packed_weights))}"
             )
         backbone, tokenizer = engine().load(recipe.model)
+        _check_lengths(recipe, backbone.model)
         judge = judge_of(recipe.evaluate)
         suite = Suite(corpus, judge, recipe.evaluate, recipe.data)
         experiment = cls(recipe, run, Chat(tokenizer), backbone, corpus, judge, suite)
@@ -178,8 +179,8 @@ class Experiment(Generic[R]):
 
     @property
     def versions(self) -> dict[str, str]:
-        """Of this release and its libraries, as the manifest has them."""
-        return self._run.manifest.versions
+        """Of this release and its libraries."""
+        return self._run.versions
 
     def step(
         self,
@@ -200,6 +201,10 @@ class Experiment(Generic[R]):
         """What a checkpoint in the middle of a step must agree with."""
         return self._run.identity(name, self._inputs(reads), after)
 
+    def settle(self) -> None:
+        """Say that the method went through all its steps, once it did: `Run.settle`."""
+        self._run.settle()
+
     def stage_dir(self, number: int, name: str) -> Path:
         """The folder `stages/<number>-<name>/`."""
         return self._run.stage_dir(number, name)
@@ -212,3 +217,14 @@ class Experiment(Generic[R]):
                 self._fingerprints[name] = fingerprint(name)
             files.append(self._fingerprints[name])
         return sha256_text("\n".join([self.recipe.hash(*sections), *files]))
+
+
+def _check_lengths(recipe: Recipe, model: PreTrainedModel) -> None:
+    """`UserError` where a reply may be as long as everything that the model has positions for."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name in type(recipe).model_fields:
+        wanted = getattr(getattr(recipe, name), "max_new_tokens", None)
+        if positions is not None and wanted is not None and wanted >= positions:
+            raise UserError(
+                f"{name}.max_new_tokens: found {wanted}; the model has {positions} positions, for prompt and reply"
+            )

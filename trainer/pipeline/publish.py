@@ -169,5 +169,6 @@ def publish(
         return
     versioned = {"version": EVALUATION_VERSION, **evaluation, "changes": changes(experiment)}
     atomic_write(experiment.folder / "evaluation.json", json.dumps(versioned, indent=1))
+    experiment.settle()
     summary(versioned)
     say(f"report: {html.write(experiment.folder, report)}")

@@ -40,8 +40,9 @@ def push(
     """
     check_name(repo)
     manifest = Manifest.read(run_dir)
-    stages = manifest.stages
+    stages = manifest.current
     check_finished(run_dir, {name: stage.status for name, stage in stages.items()})
+    manifest.require_settled(run_dir)
     run = artefacts.read(run_dir)
     proven = evidence.check(manifest, stages, run)
     check_audit(run)

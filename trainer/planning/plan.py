@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -243,7 +244,7 @@ def plan(
     for option, value in (("--gpus", gpus), ("--nodes", nodes)):
         if value < 1:
             raise UserError(f"{option}: found {value}; allowed: 1 or more")
-    if gpu_memory_gb is not None and not gpu_memory_gb > 0:
+    if gpu_memory_gb is not None and not 0 < gpu_memory_gb < math.inf:
         raise UserError(f"--gpu-memory: found {gpu_memory_gb}; allowed: the memory of one GPU in GB, such as 80")
     config = config or read_config(recipe.model)
     parts = count(recipe.model, config, planned.footprint)

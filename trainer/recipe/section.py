@@ -10,9 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from data_prep.config import NamesFile
 from trainer.recipe.trainer_arguments import check_trainer_arguments
 
-Count = Annotated[int, Field(ge=1)]
+# The largest values are far beyond use, and far below what exhausts memory or never ends.
+Count = Annotated[int, Field(ge=1, le=65536)]
 Share = Annotated[float, Field(gt=0, lt=1)]
-Weight = Annotated[float, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]
+PerPair = Annotated[float, Field(ge=0, le=100)]
+"""Rows of a kind for every pair."""
 
 
 class Section(BaseModel):

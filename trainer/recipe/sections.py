@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from data_prep.config import FileName
 from data_prep.errors import unknown
 from trainer.recipe.errors import at_key
-from trainer.recipe.section import Count, Section, Share, TrainerSection, Weight
+from trainer.recipe.section import Count, PerPair, Section, Share, TrainerSection, Weight
 
 JUDGES = ("phrases",)
 """Names that `evaluate.judge` may have; `evaluation/judges/judge.py` builds them."""
@@ -25,8 +25,14 @@ class RunSection(Section):
         max_length=100,
         description="folder name of the run: letters, digits, '.', '_', '-'",
     )
-    seed: int = Field(0, ge=0, lt=2**32, description="seed of everything that is drawn")
-    output_dir: str = Field("runs", min_length=1, description="the run folder is <output_dir>/<name>")
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of everything that is drawn")
+    output_dir: str = Field(
+        "runs",
+        min_length=1,
+        max_length=3000,
+        pattern=r"^[^\x00-\x1f\x7f]+$",
+        description="a path without control characters; the run folder is <output_dir>/<name>",
+    )
 
 
 class ModelSection(Section):
@@ -70,7 +76,7 @@ class DetectSection(RepliesSection):
     recombined: float = Field(
         0.5, ge=0, lt=1, description="share of pairs in recombined wrappers (made of the seen and robust ones)"
     )
-    bootstrap: int = Field(200, ge=0, description="resamples for the stability of the selection; 0: none")
+    bootstrap: int = Field(200, ge=0, le=100_000, description="resamples for the stability of the selection; 0: none")
 
 
 class RepairSection(TrainerSection):
@@ -87,8 +93,10 @@ class RepairSection(TrainerSection):
     }
 
     scope: Literal["experts", "full"] = Field("experts", description="full: full fine-tuning, to compare with")
-    lora_rank: Count | None = Field(None, description="LoRA on the critical experts; null: their full weights")
-    lora_alpha: float | None = Field(None, gt=0, description="LoRA scale; null: twice the rank")
+    lora_rank: Annotated[int, Field(ge=1, le=8192)] | None = Field(
+        None, description="LoRA on the critical experts; null: their full weights"
+    )
+    lora_alpha: float | None = Field(None, gt=0, le=1e6, description="LoRA scale; null: twice the rank")
     routing: Literal["frozen", "replay"] = Field(
         "frozen", description="replay: the original model's choice of experts is pinned"
     )
@@ -96,12 +104,12 @@ class RepairSection(TrainerSection):
     retain_weight: Weight = Field(1.0, description="weight of the retain term; 0: as published")
     retain_loss: Literal["kl", "ce"] = Field("kl", description="kl: to the original model; ce: on its own answers")
     first_token_weight: Weight = Field(0.0, description="extra weight of a reply's first token, where refusing starts")
-    recombined: Weight = Field(1.0, description="rows in fresh recombined wrappers per pair")
-    robust: Weight = Field(0.25, description="rows in wrappers that the model withstands per pair")
-    anchors: Weight = Field(0.25, description="plain harmful rows (the refusal is kept) per pair")
-    wrapped_benign: Weight = Field(1.0, description="harmless rows per wrapper instance that holds a harmful goal")
-    plain_benign: Weight = Field(0.5, description="harmless plain rows per pair")
-    borderline: Weight = Field(0.5, description="plain borderline rows per pair")
+    recombined: PerPair = Field(1.0, description="rows in fresh recombined wrappers per pair")
+    robust: PerPair = Field(0.25, description="rows in wrappers that the model withstands per pair")
+    anchors: PerPair = Field(0.25, description="plain harmful rows (the refusal is kept) per pair")
+    wrapped_benign: PerPair = Field(1.0, description="harmless rows per wrapper instance that holds a harmful goal")
+    plain_benign: PerPair = Field(0.5, description="harmless plain rows per pair")
+    borderline: PerPair = Field(0.5, description="plain borderline rows per pair")
 
     @model_validator(mode="after")
     def _alpha_needs_a_rank(self) -> RepairSection:
@@ -128,13 +136,13 @@ class ConsistencySection(TrainerSection):
     direction: Literal["forward", "reverse", "symmetric"] = Field(
         "forward", description="forward: KL(anchor || adversarial)"
     )
-    temperature: float = Field(1.0, gt=0, description="softmax temperature of both distributions")
+    temperature: float = Field(1.0, gt=0.001, le=1000, description="softmax temperature of both distributions")
     target: Literal["current", "original"] = Field("current", description="model that gives the anchor's routing")
     benign_weight: Weight = Field(1.0, description="weight of keeping the routing of harmless prompts")
 
 
 class ScheduleSection(Section):
-    rounds: Count = Field(1, description="how often the order is gone through")
+    rounds: int = Field(1, ge=1, le=100, description="how often the order is gone through")
     order: list[Literal["repair", "consistency"]] = Field(
         ["repair", "consistency"], min_length=1, description="stages of one round"
     )
@@ -175,5 +183,5 @@ class ExportSection(Section):
     model: bool = Field(True, description="keep the stock checkpoint <run>/model; false: only audit it")
     patch: bool = Field(True, description="write patch.safetensors and patch.json, the difference to the base")
     max_shard_size: str = Field(
-        "5GB", pattern=r"^[1-9][0-9]*(KB|MB|GB)$", description="largest weight file of the checkpoint: 500MB, 5GB"
+        "5GB", pattern=r"^[1-9][0-9]{0,5}(KB|MB|GB)$", description="largest weight file of the checkpoint: 500MB, 5GB"
     )

@@ -9,7 +9,7 @@ from trainer.recipe.errors import at_key
 from trainer.recipe.section import Count, Section
 
 Strength = Annotated[float, Field(ge=0, le=1)]
-Number = Annotated[int, Field(ge=0)]
+Number = Annotated[int, Field(ge=0, le=65536)]
 
 
 class SweepSection(Section):

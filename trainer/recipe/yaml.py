@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from data_prep.errors import UserError
+from trainer.recipe.tree import plain_tree
 
 # YAML 1.1, which PyYAML reads, wants a dot and a signed exponent: `5e-5` would be text.
 _FLOAT = re.compile(r"[-+]?(?:\d[\d_]*(?:\.[\d_]*)?|\.[\d_]+)[eE][-+]?\d+$")
@@ -47,11 +48,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: is a folder, expected a recipe file (YAML)")
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file; expected a recipe file (YAML)") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    tree = _parse(text, str(path))
+    tree = _plain(_parse(text, str(path)), str(path))
     if tree is None:
         raise UserError(f"{path}: the file is empty; expected the sections run, model, data, ...")
     if not isinstance(tree, dict):
@@ -78,7 +79,8 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> list[tupl
         key = tuple(dotted.split("."))
         if not equals or not all(key):
             raise UserError(f"override '{override}': expected section.key=value")
-        _put(tree, key, _parse(text, f"override '{override}'"), override)
+        value = _plain(_parse(text, f"override '{_short(override)}'"), "override", key)
+        _put(tree, key, value, override)
         keys.append(key)
     return keys
 
@@ -107,6 +109,10 @@ def _put(tree: dict[str, Any], key: tuple[str, ...], value: Any, override: str) 
             at = at[slot]
 
 
+def _short(override: str) -> str:
+    return override if len(override) <= 80 else f"{override[:77]}..."
+
+
 def _parse(text: str, source: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
@@ -116,6 +122,15 @@ def _parse(text: str, source: str) -> Any:
         raise UserError(f"{source}: {where}not YAML: {error.problem}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{source}: not YAML: {error}") from error
-    except ValueError as error:
+    except RecursionError:
+        raise UserError(f"{source}: nested too deeply, expected a recipe") from None
+    except (ValueError, OverflowError) as error:
         # PyYAML resolves `2024-13-45` to a date before it finds out that there is none.
         raise UserError(f"{source}: not YAML: {error}") from error
+
+
+def _plain(value: Any, source: str, key: tuple[str, ...] = ()) -> Any:
+    try:
+        return plain_tree(value, key)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from error

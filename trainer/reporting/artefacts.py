@@ -1,15 +1,22 @@
 """Reading a run folder. Only `evaluation.json` is needed; whatever else is absent is remembered as absent."""
 
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
+import pyarrow as pa
+from pydantic import BaseModel
 
 from data_prep.errors import UserError
 from data_prep.json_lines import read_json_lines
+from trainer.moe.json_files import parse
+from trainer.recipe.yaml import read_yaml
+from trainer.reporting import records
+
+FINITE = sys.float_info.max
 
 
 @dataclass
@@ -46,33 +53,34 @@ class Artefacts:
 
 
 def read(run_dir: Path) -> Artefacts:
-    """Read a run folder. `UserError` where `evaluation.json` is absent, or any file present cannot be read."""
+    """Read a run folder.
+
+    Raises:
+        UserError: `evaluation.json` is absent, or a file that is present cannot be read, or holds something else than
+            it should; names the file and the key.
+    """
     evaluation_path = run_dir / "evaluation.json"
     if not evaluation_path.is_file():
         raise UserError(f"{evaluation_path} not found: a report needs the evaluation; finish the run first")
-    evaluation = _json(evaluation_path)
-    absent = [key for key in ("before", "after") if not isinstance(evaluation, dict) or key not in evaluation]
-    if absent:
-        raise UserError(f"{evaluation_path}: key '{absent[0]}' not found; expected 'before', 'after', 'diagnostics'")
-    found = Artefacts(run_dir, evaluation)
+    found = Artefacts(run_dir, _object(evaluation_path, records.Evaluation))
     recipe_path, activations_path = run_dir / "recipe.yaml", run_dir / "activations.parquet"
     if _present(found, recipe_path):
+        found.recipe = _recipe(recipe_path)
         found.recipe_text = recipe_path.read_text(encoding="utf-8")
-        found.recipe = _yaml(recipe_path, found.recipe_text)
     if _present(found, run_dir / "manifest.json"):
-        found.manifest = _object(run_dir / "manifest.json")
+        found.manifest = _object(run_dir / "manifest.json", records.Manifest)
     if _present(found, run_dir / "pairs.jsonl"):
         found.pairs = [row for _, row in read_json_lines(run_dir / "pairs.jsonl")]
     if _present(found, activations_path):
-        found.activations = pd.read_parquet(activations_path)
+        found.activations = _activations(activations_path)
     if _present(found, run_dir / "expert_set.json"):
-        found.expert_set = _object(run_dir / "expert_set.json")
+        found.expert_set = _object(run_dir / "expert_set.json", records.ExpertSet)
     if _present(found, run_dir / "audit.json"):
-        found.audit = _object(run_dir / "audit.json")
+        found.audit = _object(run_dir / "audit.json", records.Audit)
     stages = sorted(run_dir.glob("stages/*/"), key=lambda path: _stage_order(path.name))
-    found.logs = {path.name: _log(path / "log.json") for path in stages if (path / "log.json").is_file()}
-    sized = [path for path in stages if (path / "parameters.json").is_file()]
-    found.parameters = {path.name: _object(path / "parameters.json") for path in sized}
+    found.logs = {path.name: _checked(path / "log.json", records.Log) for path in stages if _has(path, "log.json")}
+    sized = [path for path in stages if _has(path, "parameters.json")]
+    found.parameters = {path.name: _object(path / "parameters.json", records.Parameters) for path in sized}
     if not found.logs:
         found.missing.add("stages/*/log.json")
     return found
@@ -84,35 +92,55 @@ def _present(found: Artefacts, path: Path) -> bool:
     return path.is_file()
 
 
+def _has(folder: Path, name: str) -> bool:
+    return (folder / name).is_file()
+
+
 def _stage_order(name: str) -> tuple[int, str]:
     number = name.split("-", 1)[0]
-    return (int(number) if number.isdigit() else 10**6, name)
+    return (int(number) if number.isdecimal() and len(number) < 7 else 10**6, name)
 
 
-def _json(path: Path) -> Any:
+def _checked(path: Path, kind: type[BaseModel]) -> Any:
+    """The file's content as plain values, once it is known to be of `kind`."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+        parse(path, kind, "what a run writes there")
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
-def _object(path: Path) -> dict[str, Any]:
-    value = _json(path)
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+def _object(path: Path, kind: type[BaseModel]) -> dict[str, Any]:
+    found: dict[str, Any] = _checked(path, kind)
+    return found
 
 
-def _log(path: Path) -> list[dict[str, Any]]:
-    value = _json(path)
-    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
-        raise UserError(f"{path}: expected a list of objects, as in the trainer's log_history")
-    return value
+def _recipe(path: Path) -> dict[str, Any]:
+    tree = read_yaml(path)
+    model = tree.get("model")
+    if model is not None and not (isinstance(model, dict) and isinstance(model.get("name_or_path", ""), str)):
+        raise UserError(f"{path}: model: found {model!r}, expected a mapping with the text name_or_path")
+    return tree
 
 
-def _yaml(path: Path, text: str) -> dict[str, Any]:
+def _activations(path: Path) -> pd.DataFrame:
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
-    return value if isinstance(value, dict) else {}
+        frame = pd.read_parquet(path)
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as Parquet: {' '.join(str(error).split())}") from error
+    for column, least, most in (("layer", 0, 65535), ("expert", 0, 65535), ("score", -FINITE, FINITE)):
+        if column not in frame:
+            raise UserError(f"{path}: no column {column!r}; found: {', '.join(map(str, frame.columns[:20]))}")
+        values = frame[column]
+        kind = pd.api.types.is_integer_dtype if column != "score" else pd.api.types.is_numeric_dtype
+        if not kind(values):
+            raise UserError(f"{path}: column {column!r}: found values of type {values.dtype}, expected numbers")
+        wrong = values[~values.between(least, most)]
+        if len(wrong):
+            allowed = f"{least} to {most}" if column != "score" else "a finite number"
+            raise UserError(
+                f"{path}: column {column!r}, row {wrong.index[0]}: found {wrong.iloc[0]}; allowed: {allowed}"
+            )
+    if frame.duplicated(["layer", "expert"]).any():
+        raise UserError(f"{path}: an expert has two rows; expected one for each layer and expert")
+    return frame

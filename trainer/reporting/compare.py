@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
+from trainer.reporting.artefacts import Artefacts, read
+from trainer.reporting.figures import is_rate
 
 FIGURES = {
     "asr_seen": "ASR seen",
@@ -30,25 +31,24 @@ def comparison(folders: Sequence[Path]) -> tuple[list[str], list[list[str]]]:
         UserError: a folder without a finished evaluation.
     """
     columns = ["run", *FIGURES.values(), "restore gap", "experts changed", "weights trained", "training s", "peak MB"]
-    first = _read(folders[0], "evaluation.json")["before"]
-    rows = [["base", *(_rate(first, name) for name in FIGURES), *([""] * 5)]]
-    for folder in folders:
-        evaluation, manifest = _read(folder, "evaluation.json"), _read(folder, "manifest.json")
-        diagnostics = evaluation["diagnostics"]
-        trained = {path.parent.name.partition("-")[2]: path for path in folder.glob("stages/*/parameters.json")}
-        sizes = [json.loads(path.read_text()) for path in trained.values()]
-        stages = [stage for name, stage in manifest["stages"].items() if name in trained]
+    runs = [_finished(folder) for folder in folders]
+    rows = [["base", *(_rate(runs[0].before, name) for name in FIGURES), *([""] * 5)]]
+    for run in runs:
+        diagnostics, manifest = run.diagnostics, run.manifest
+        trained = {name.partition("-")[2] for name in run.parameters}
+        sizes = run.parameters.values()
+        stages = [stage for name, stage in (manifest.get("stages") or {}).items() if name in trained]
         share = max((size["trained_parameters"] / size["total_parameters"] for size in sizes), default=0.0)
         gap, total = diagnostics.get("router_restore_gap"), diagnostics.get("experts_total")
         rows.append(
             [
-                manifest["name"],
-                *(_rate(evaluation["after"], name) for name in FIGURES),
+                manifest.get("name") or run.folder.resolve().name,
+                *(_rate(run.after, name) for name in FIGURES),
                 "" if gap is None else f"{gap:.3f}",
-                "" if total is None else f"{diagnostics['experts_changed']} of {total}",
+                "" if total is None else f"{diagnostics.get('experts_changed')} of {total}",
                 f"{share:.1%}",
-                f"{sum(stage['seconds'] for stage in stages):.0f}",
-                f"{max((stage['peak_memory_mb'] or 0 for stage in stages), default=0):.0f}",
+                f"{sum(stage.get('seconds') or 0 for stage in stages):.0f}",
+                f"{max((stage.get('peak_memory_mb') or 0 for stage in stages), default=0):.0f}",
             ]
         )
     return columns, rows
@@ -61,12 +61,11 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _rate(metrics: dict[str, Any], name: str) -> str:
-    return f"{metrics[name]['rate']:.3f}" if name in metrics else ""
+    return f"{metrics[name]['rate']:.3f}" if is_rate(metrics.get(name)) else ""
 
 
-def _read(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / name
-    if not path.is_file():
-        raise UserError(f"{folder}: no {name}; compare takes the folders of finished runs")
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+def _finished(folder: Path) -> Artefacts:
+    for name in ("evaluation.json", "manifest.json"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: no {name}; compare takes the folders of finished runs")
+    return read(folder)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 from data_prep.errors import UserError
 from trainer.recipe.schema import Recipe
+from trainer.recipe.yaml import dump_yaml
 from trainer.run.lock import Lock
 from trainer.run.manifest import MANIFEST, Manifest, OldRunError, StepRecord, now, versions
 from trainer.run.step import Artefact, Step
@@ -28,10 +29,16 @@ T = TypeVar("T")
 
 
 class Run:
-    """An open run folder. Held by one run at a time, until `close` or the end of the process."""
+    """An open run folder. Held by one run at a time, until `close` or the end of the process.
+
+    `manifest` says what is in force on disk. The recipe that was opened comes into force when the first step
+    completes under it, or when `settle` says that a whole run did; until then nothing of the former one is touched.
+    """
 
     def __init__(self, folder: Path, recipe: Recipe, manifest: Manifest, lock: Lock | None) -> None:
         self.dir, self.recipe, self.manifest, self._lock = folder, recipe, manifest, lock
+        self._recipe_hash = recipe.hash()
+        self._done: list[str] = []
 
     @classmethod
     def open(cls, recipe: Recipe, *, force: bool = False) -> Run:
@@ -44,16 +51,16 @@ class Run:
         # A refusal frees the lock: a program that goes on may open the folder with another recipe.
         with contextlib.ExitStack() as on_error:
             if is_main_process():
-                _refuse_foreign(folder, force)
-                folder.mkdir(parents=True, exist_ok=True)
+                with _naming_the_key(folder):
+                    _refuse_foreign(folder, force)
+                    folder.mkdir(parents=True, exist_ok=True)
                 lock = Lock.take(folder / LOCK, f"{folder}: in use by process {{pid}}; wait for it, or set run.name")
                 on_error.callback(lock.release)
                 if force:
                     _empty(folder)
                 resumes = (folder / MANIFEST).exists()
                 manifest = _resumed(folder, recipe) if resumes else Manifest.fresh(recipe)
-                atomic_write(folder / MANIFEST, manifest.text())
-                atomic_write(folder / "recipe.yaml", recipe.resolved_yaml())
+                _write(folder, manifest)
             manifest = from_rank_0(manifest)
             on_error.pop_all()
         assert manifest is not None, "rank 0 has a manifest or raised"
@@ -84,7 +91,8 @@ class Run:
     ) -> Step[T]:
         """The step `name`: done before and kept, or made now. Its value is read back from disk either way.
 
-        A step that has to run again says why on the console.
+        A step that has to run again says why on the console. Its former record and outputs stay as they are until the
+        new ones are written, so that a step that fails or is refused costs nothing.
 
         Args:
             make: collective; of what it returns rank 0's is written.
@@ -103,10 +111,9 @@ class Run:
                 outputs = {path: sha256(self.dir / path) for path in self.files(kept.files())}
                 spent: dict[str, Any] = {"seconds": round(time.monotonic() - clock, 3), **memory.read()}
                 record = record.model_copy(update={"status": "finished", "outputs": outputs, **spent})
-                self.manifest.stages[name] = record
-                self.write_manifest()
             record = from_rank_0(record)
-            self.manifest.stages[name] = record
+            self._finish(name, record)
+        self._done.append(name)
         return Step(name, record, kept.read())
 
     def identity(self, name: str, inputs: str, after: Sequence[Step[Any]] = ()) -> str:
@@ -131,10 +138,21 @@ class Run:
             found.update(p.resolve().relative_to(self.dir.resolve()).as_posix() for p in files)
         return sorted(found)
 
+    def settle(self) -> None:
+        """The method went through all its steps: they belong together, and to this recipe."""
+        self.manifest.put_in_force(self.recipe, self._done)
+        self.manifest.mixed = False
+        self.write_manifest()
+
     def write_manifest(self) -> None:
-        """Write the manifest as a whole or not at all; rank 0 only."""
+        """Write the manifest, then the recipe that it keeps, each as a whole or not at all; rank 0 only."""
         if is_main_process():
-            atomic_write(self.dir / MANIFEST, self.manifest.text())
+            _write(self.dir, self.manifest)
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of this release and its libraries, as they are now."""
+        return versions()
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -151,6 +169,7 @@ class Run:
 
     def _begin(self, name: str, wanted: StepRecord) -> tuple[StepRecord, bool]:
         """The record to go on with, and whether the step is done. The same on every rank."""
+        wanted.recipe_hash = self._recipe_hash
         record, done = wanted, False
         if is_main_process():
             old = self.manifest.stages.get(name)
@@ -161,11 +180,19 @@ class Run:
             else:
                 if old and reason:
                     say(f"{name}: runs again: {reason}")
-                self.manifest.stages[name] = wanted
-                self.write_manifest()
+                if old is None or old.status != "finished":
+                    self.manifest.stages[name] = wanted
+                    self.write_manifest()
         record, done = from_rank_0((record, done))
+        return record.model_copy(update={"recipe_hash": self._recipe_hash}), done
+
+    def _finish(self, name: str, record: StepRecord) -> None:
+        """Put a step's new record in the place of its former one, and the recipe in force that it was made under."""
+        self.manifest.put_in_force(self.recipe, self._done)
+        old = self.manifest.stages.get(name)
+        self.manifest.mixed = self.manifest.mixed or (old is not None and old.status == "finished")
         self.manifest.stages[name] = record
-        return record, done
+        self.write_manifest()
 
     def _reason_to_redo(self, old: StepRecord, wanted: StepRecord) -> str:
         if old.status != "finished":
@@ -177,6 +204,8 @@ class Run:
             return f"what it builds on changed ({', '.join(changed)})"
         for name, digest in old.outputs.items():
             path = self.dir / name
+            if path.is_dir():
+                raise UserError(f"{path}: is a folder, expected the file that a step of this run wrote; remove it")
             if not path.is_file():
                 return f"{name} is missing"
             if sha256(path) != digest:
@@ -201,6 +230,11 @@ def _wanted(inputs: str, after: Sequence[Step[Any]]) -> StepRecord:
     )
 
 
+def _write(folder: Path, manifest: Manifest) -> None:
+    atomic_write(folder / MANIFEST, manifest.text())
+    atomic_write(folder / "recipe.yaml", dump_yaml(manifest.recipe))
+
+
 def _resumed(folder: Path, recipe: Recipe) -> Manifest:
     manifest = Manifest.read(folder)
     old, new = manifest.recipe, recipe.tree()
@@ -212,8 +246,9 @@ def _resumed(folder: Path, recipe: Recipe) -> Manifest:
     changed = [key for key in changed if key not in ("run.name", "run.output_dir")]
     lines = [f"{key}: {_short(old.get(key))} -> {_short(new.get(key))}" for key in changed]
     other = [line for key, line in zip(changed, lines, strict=True) if _is_identity(key)]
-    if other and not any(step.status == "finished" for step in manifest.stages.values()):
-        return Manifest.fresh(recipe)  # nothing to lose: a slip in a first try must not block the corrected recipe
+    if not manifest.finished:
+        # Nothing to lose: a slip in a first try must not block the corrected recipe.
+        return Manifest.fresh(recipe).model_copy(update={} if other else {"stages": manifest.stages})
     if other:
         shown = "; ".join(other[:3]) + (f" (and {len(other) - 3} more)" if len(other) > 3 else "")
         raise UserError(
@@ -225,9 +260,7 @@ def _resumed(folder: Path, recipe: Recipe) -> Manifest:
     for name in current:
         if manifest.versions.get(name) != current[name]:
             say(f"{folder}: {name} was {manifest.versions.get(name)}, is {current[name]} now")
-    return manifest.model_copy(
-        update={"recipe_hash": recipe.hash(), "recipe": recipe.tree(), "name": recipe.run.name, "versions": current}
-    )
+    return manifest
 
 
 def _short(value: Any) -> str:
@@ -244,6 +277,15 @@ def _flat(tree: Any, at: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict) or (at and not tree):
         return {at: tree}
     return {key: v for name, sub in tree.items() for key, v in _flat(sub, f"{at}.{name}" if at else name).items()}
+
+
+@contextlib.contextmanager
+def _naming_the_key(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        said = error.strerror or str(error)
+        raise OSError(f"run.output_dir: the run folder {folder} cannot be made or read: {said}") from error
 
 
 def _refuse_foreign(folder: Path, force: bool) -> None:

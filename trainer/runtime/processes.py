@@ -10,12 +10,35 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
+from data_prep.errors import UserError
+
 T = TypeVar("T")
 
 _MIB = 1024 * 1024
 
 PATIENCE = timedelta(hours=2)
 """How long processes wait for one: rank 0 alone reads, exports and audits a checkpoint. NCCL's default is 10 min."""
+
+
+def check_environment() -> None:
+    """`UserError` where what a launcher puts into the environment cannot be: names the variable."""
+    numbers = {}
+    for name, least in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)):
+        text = os.environ.get(name)
+        if text is None:
+            continue
+        if not (text.isascii() and text.isdecimal() and len(text) < 10) or int(text) < least:
+            raise UserError(f"{name}: found {text!r} in the environment, expected a whole number of at least {least}")
+        numbers[name] = int(text)
+    for name, of in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if name in numbers and of in numbers and numbers[name] >= numbers[of]:
+            raise UserError(f"{name}: found {numbers[name]} in the environment, expected less than {of}={numbers[of]}")
+    if numbers.get("WORLD_SIZE", 1) > 1:
+        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if name not in os.environ:
+                raise UserError(
+                    f"{name}: not in the environment, though WORLD_SIZE={numbers['WORLD_SIZE']}; start with launch.sh"
+                )
 
 
 def rank() -> int:

@@ -1,10 +1,13 @@
-"""SIGTERM, as clusters send it before they take a node away: save what is worth saving, leave with exit code 143.
+"""Signals: SIGTERM, as clusters send it before they take a node away, and an alarm for what may never end.
+
+At SIGTERM a process saves what is worth saving and leaves with exit code 143.
 
 Outside of training the process ends at once, and the next start repeats the unfinished stage. Inside, the step in
 progress is finished and a checkpoint is written first.
 """
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -50,3 +53,25 @@ def _on_signal(_number: int, _frame: FrameType | None) -> None:
     _requested = True
     if not _deferring:
         raise Terminated
+
+
+@contextmanager
+def time_limit(seconds: float, error: Exception) -> Iterator[None]:
+    """Raise `error` inside where it takes longer; Python code alone can be broken off so.
+
+    Off the main thread, where signals do not arrive, there is no limit.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_alarm(_number: int, _frame: FrameType | None) -> None:
+        raise error
+
+    former = signal.signal(signal.SIGALRM, on_alarm)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)

@@ -33,7 +33,9 @@ from trainer.pipeline.measure import control, diagnose, measure, print_figures, 
 from trainer.pipeline.steer_controls import steering_baseline
 from trainer.pipeline.train import refuse_what_the_engine_cannot, split, train_step, whole
 from trainer.planning.planned import Planned
+from trainer.recipe.section import TrainerSection
 from trainer.runtime.console import say
+from trainer.training.preflight import check_settings
 
 
 class Rasa:
@@ -110,8 +112,10 @@ def _steered(experiment: Experiment[RasaRecipe], before: Step[Any]) -> dict[str,
 
 def _loaded(opened: Opened[RasaRecipe]) -> Experiment[RasaRecipe]:
     recipe = opened.recipe
-    refuse_what_the_engine_cannot({"repair": recipe.repair, "consistency": recipe.consistency})
+    sections: dict[str, TrainerSection] = {kind: getattr(recipe, kind) for _, kind in recipe.training}
+    refuse_what_the_engine_cannot(sections)
     experiment = opened.load()
+    check_settings(sections, opened.folder, experiment.model)
     check_shared_experts(recipe, experiment.model.config.model_type, experiment.backbone.shared_layers)
     return experiment
 
