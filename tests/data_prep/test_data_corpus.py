@@ -8,8 +8,9 @@ import pytest
 from pydantic import ValidationError
 
 from data_prep.config import DataConfig, JailbreakConfig, SourceConfig, TaskConfig
-from data_prep.corpus import load_corpus, normalised
+from data_prep.corpus import load_corpus
 from data_prep.errors import UserError
+from data_prep.same_text import normalised
 
 
 @pytest.fixture
