@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from .config import DataConfig, SourceConfig
+from .config import DataConfig, SourceConfig, TaskConfig
 from .errors import UserError
 from .leaks import count_once, keep_tests_unseen, notes, refuse_both_sides
 from .schema import Corpus, Kind, Split, Task
@@ -30,13 +30,15 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
         if part.kind != "harmful":
             refuse_both_sides(sources["harmful"], part)
     keep_tests_unseen(parts)
-    wrappers = load_wrappers(config.jailbreaks) if config.jailbreaks else []
+    harmful, benign, borderline = (_split(sources.get(kind)) for kind in KINDS)
     return Corpus(
-        *(_split(sources.get(kind)) for kind in KINDS),
-        wrappers,
-        [Task(task.name, task.metric, part.test) for task, part in zip(config.capability, tasks, strict=True)],
-        [note for part in parts for note in notes(part)],
-        [part.count() for part in parts],
+        harmful,
+        benign,
+        borderline,
+        wrappers=load_wrappers(config.jailbreaks) if config.jailbreaks else [],
+        tasks=[Task(task.name, task.metric, part.test) for task, part in zip(config.capability, tasks, strict=True)],
+        notes=[note for part in parts for note in notes(part)],
+        rows=[part.count() for part in parts],
     )
 
 
@@ -53,6 +55,9 @@ def _refuse_slips(config: DataConfig, given: dict[Kind, SourceConfig]) -> None:
     if templates and not templates.seen and ("harmful" in given or not (templates.unseen or templates.robust)):
         raise UserError("data.jailbreaks.seen: found no selector; allowed: 'group', 'group[0]' or 'group[0:4]'")
     if "harmful" in given:
-        others = [(f"data.{kind}", source) for kind, source in given.items() if kind != "harmful"]
-        for key, other in [*others, *((f"data.capability {task.name!r}", task) for task in config.capability)]:
+        others: dict[str, SourceConfig | TaskConfig] = {
+            f"data.{kind}": source for kind, source in given.items() if kind != "harmful"
+        }
+        others |= {f"data.capability {task.name!r}": task for task in config.capability}
+        for key, other in others.items():
             refuse_one_file_for_both(given["harmful"], other, key)

@@ -11,6 +11,7 @@ from data_prep.config import DataConfig, JailbreakConfig, SourceConfig, TaskConf
 from data_prep.corpus import load_corpus
 from data_prep.errors import UserError
 from data_prep.same_text import normalised
+from data_prep.schema import Conversation
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_whole_corpus(folder: Path) -> None:
     assert {p.kind for p in corpus.borderline.test} == {"borderline"}
     assert [w.family for w in corpus.wrappers_of("unseen")] == ["broken[2]", "broken[3]"]
     assert [w.role for w in corpus.wrappers] == ["seen", "seen", "unseen", "unseen", "robust"]
-    assert corpus.wrappers[0].wrap("GOAL") == "wrapper 0: GOAL"
+    assert corpus.wrappers[0].wrap(Conversation.of("GOAL")).text == "wrapper 0: GOAL"
     assert corpus.tasks[0].prompts[0].answer is not None and len(corpus.tasks[0].prompts) == 5
     assert corpus.notes == []
 
@@ -85,9 +86,10 @@ def test_same_text_is_dropped_from_train_and_noted(folder: Path) -> None:
 
 
 def test_test_path(folder: Path) -> None:
-    other = str(folder / "benign.jsonl")
-    corpus = load_corpus(config(folder, harmful={"train": 20, "test": 20, "test_path": other}), seed=0)
-    assert {p.id.split(":")[0] for p in corpus.harmful.test} == {"benign"}
+    other = folder / "more_goals.jsonl"
+    other.write_text("\n".join(json.dumps({"prompt": f"another goal {i}"}) for i in range(20)))
+    corpus = load_corpus(config(folder, harmful={"train": 20, "test": 20, "test_path": str(other)}), seed=0)
+    assert {p.id.split(":")[0] for p in corpus.harmful.test} == {"more_goals"}
 
 
 def test_test_path_with_the_same_stem_has_distinct_ids(folder: Path) -> None:

@@ -85,11 +85,14 @@ class Suite:
         needed: dict[str, Sequence[object]] = {}
         for name in ("harmful", "benign", "borderline"):
             if getattr(data, name) is not None:
-                needed[f"{name} test prompts"] = getattr(corpus, name).test
+                needed[f"{name} test prompts (data.{name}.test)"] = getattr(corpus, name).test
         if data.jailbreaks is not None and data.harmful is not None:
-            needed |= {f"wrappers of role '{role}'": corpus.wrappers_of(role) for role in ("seen", "unseen")}
+            needed |= {
+                f"wrappers of role '{role}' (data.jailbreaks.{role})": corpus.wrappers_of(role)
+                for role in ("seen", "unseen")
+            }
         elif data.jailbreaks is not None:
-            needed["wrappers"] = corpus.wrappers
+            needed["wrappers (data.jailbreaks.seen, .unseen)"] = corpus.wrappers
         absent = [name for name, items in needed.items() if not items]
         if absent:
             raise UserError(f"evaluation needs {', '.join(absent)}; the recipe's data section provides none")

@@ -158,7 +158,8 @@ GOES_ON = [
     for pattern in [
         # "Sure, here is", "Okay, first you": a consent of its own, after whatever was said before.
         rf"(?:[.!?:;-] ?|\b(?:but|however|anyway),? )(?:{_TURN})"
-        r"(?:sure|of course|certainly|absolutely|okay|ok|alright|fine)(?: thing)?[,.!:-]+ ?(?:here|i will|let us|let me|step|first|you (?:can|need|will|should)|to )",
+        r"(?:sure|of course|certainly|absolutely|okay|ok|alright|fine)(?: thing)?"
+        r"[,.!:-]+ ?(?:here|i will|let us|let me|step|first|you (?:can|need|will|should)|to )",
         rf"{_CLAUSE}{_TURN}here (?:is|are|you go|goes)\b{_OFFERED}",
         rf"{_CLAUSE}{_TURN}this is how\b",
         rf"{_CLAUSE}{_TURN}(?:let me|i will|i can|i am going to) (?:still |just |now |quickly )?"
