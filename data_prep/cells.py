@@ -64,26 +64,25 @@ def asked_in(row: Row, column: str) -> Asked | None:
 
 def _conversation(messages: list[object], where: str) -> Asked | None:
     turns = [_turn(message, f"{where}, message {i}") for i, message in enumerate(messages)]
-    talk = turns[1:] if turns and turns[0].role == "system" else turns
+    start = 1 if turns and turns[0].role == "system" else 0
+    talk = turns[start:]
     if not talk:
         raise UserError(f"{where}: found messages without a user's turn; expected at least one")
     for i, turn in enumerate(talk):
         expected = ("user", "assistant")[i % 2]
         if turn.role != expected:
-            at = i + len(turns) - len(talk)
             raise UserError(
-                f"{where}, message {at}: found the turn of {turn.role!r}, expected {expected!r}: a system turn may "
-                "come first, then user and assistant in turn"
+                f"{where}, message {start + i}: found the turn of {turn.role!r}, expected {expected!r}: a system turn "
+                "may come first, then user and assistant in turn"
             )
     if len("".join(turn.text for turn in turns)) > MAX_CHARACTERS:
         raise UserError(f"{where}: found messages of more than {MAX_CHARACTERS} characters together")
     answer = None
     if talk[-1].role == "assistant":
-        answer = turns.pop().text or None
-        talk = talk[:-1]
+        answer = talk.pop().text or None
     if any(not turn.text for turn in talk[:-1]):
         raise UserError(f"{where}: found an empty turn in the middle of a conversation")
-    return Asked(Conversation(tuple(turns)), answer) if talk[-1].text else None
+    return Asked(Conversation((*turns[:start], *talk)), answer) if talk[-1].text else None
 
 
 def _turn(message: object, where: str) -> Turn:
