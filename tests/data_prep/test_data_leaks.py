@@ -147,15 +147,26 @@ def test_templates_that_differ_in_case_and_spaces_are_one(tmp_path: Path) -> Non
         load_wrappers(JailbreakConfig(path=str(path), placeholder="[P]", seen=["a"], unseen=["b"]))
 
 
-WORDS = st.sampled_from(
-    ["wake", "Wake!", "w\u0101ke", "lamp", "LAMP", "la mp", "2-2", "2*2", "", "  ", "\U0001f642", "ink"]
+WORDS = st.sampled_from(["wake", "Wake!", "w\u0101ke", "lamp", "LAMP", "la mp", "2-2", "2*2", "ink", "\U0001f642", ""])
+TEXTS = st.lists(st.tuples(WORDS, WORDS, WORDS).map(" ".join), min_size=5, max_size=14)
+# Mostly texts of their own, so that few tables are refused for a text on both sides.
+GOALS = st.lists(
+    st.tuples(st.just("goal"), WORDS, WORDS).map(" ".join) | st.just("wake lamp ink"), min_size=5, max_size=14
 )
-ROWS = st.lists(st.tuples(WORDS, WORDS).map(" ".join), min_size=1, max_size=12)
-PART = st.tuples(ROWS, st.one_of(st.integers(0, 4), st.sampled_from(["0:2", "::2", "-2:", "1:3"])),
-                 st.one_of(st.integers(0, 4), st.sampled_from(["2:", "1::2", ":1"])))  # fmt: skip
+DEALT = st.sampled_from([(2, 2), (0, 3), ("0:2", 2), (2, "1::2"), ("0:2", "2:"), ("::2", "1::2"), ("-2:", ":-2")])
 
 
-@given(parts=st.fixed_dictionaries({}, optional=dict.fromkeys((*KINDS, "capability"), PART)), seed=st.integers(0, 3))
+def parts_of(texts: st.SearchStrategy[list[str]]) -> st.SearchStrategy[tuple[Any, ...]]:
+    return st.tuples(texts, DEALT).map(lambda drawn: (drawn[0], *drawn[1]))
+
+
+PARTS = st.fixed_dictionaries(
+    {"harmful": parts_of(GOALS), "benign": parts_of(TEXTS)},
+    optional={"borderline": parts_of(TEXTS), "capability": parts_of(TEXTS)},
+)
+
+
+@given(parts=PARTS, seed=st.integers(0, 3))
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_text_is_trained_and_tested_and_every_row_is_counted(
     tmp_path: Path, parts: dict[str, Any], seed: int
