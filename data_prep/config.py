@@ -3,11 +3,12 @@
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from .schema import Metric
 
-SLICE = re.compile(r"^\s*(-?\d*)\s*:\s*(-?\d*)\s*(?::\s*(-?\d*)\s*)?$")
+_BOUND = r"\s*(-?[0-9]{1,12})?\s*"
+SLICE = re.compile(rf"^{_BOUND}:{_BOUND}(?::{_BOUND})?$")
 SourceFormat = Literal["records", "advbench", "xstest", "alpaca", "qa"]
 
 
@@ -30,7 +31,13 @@ def _checked(rows: int | str) -> int | str:
     return rows
 
 
-Rows = Annotated[int | str, AfterValidator(_checked)]
+def _no_bool(rows: object) -> object:
+    if isinstance(rows, bool):
+        raise ValueError("expected a count or a slice such as '0:320' or '1::2', not true or false")
+    return rows
+
+
+Rows = Annotated[int | str, BeforeValidator(_no_bool), AfterValidator(_checked)]
 
 
 class NamesFile:
@@ -47,13 +54,19 @@ class _Section(BaseModel):
 class SourceConfig(_Section):
     """Where prompts come from and how many go where."""
 
-    path: FileName = Field(description="Local file (csv, json, jsonl, parquet), or a Hub data set id `owner/name`.")
+    path: FileName = Field(
+        min_length=1, description="Local file (csv, json, jsonl, parquet), or a Hub data set id `owner/name`."
+    )
     format: SourceFormat = Field("records", description="How the file is read; see `data_prep.loaders.FORMATS`.")
-    column: str | None = Field(None, description="Column with the prompt, where the format does not fix it.")
+    column: str | None = Field(
+        None, description="Column with the prompt, a text or chat messages; null: as the format says."
+    )
     revision: str | None = Field(None, description="Hub commit, tag or branch; only for Hub data sets.")
     hub_config: str | None = Field(None, description="Configuration of the Hub data set, where it has several.")
     hub_split: str = Field("train", description="Split of the Hub data set.")
-    test_path: FileName | None = Field(None, description="Second file or data set that the test part is taken from.")
+    test_path: FileName | None = Field(
+        None, min_length=1, description="Second file or data set that the test part is taken from."
+    )
     train: Rows = Field(0, description="Rows to train on: a count (seeded shuffle) or a slice, '0:320'.")
     test: Rows = Field(0, description="Rows to evaluate on: a count (seeded shuffle) or a slice, '420:520'.")
 
@@ -62,7 +75,8 @@ class JailbreakConfig(_Section):
     """Which jailbreak templates are trained on, and which only measured."""
 
     path: FileName = Field(
-        description="File of templates: JSON {group: [template, ...]}, or CSV/JSONL with a text column."
+        min_length=1,
+        description="File of templates: JSON {group: [template, ...]}, or CSV/JSONL with a text column.",
     )
     format: Literal["templates"] = Field("templates", description="How the file is read; only `templates`.")
     placeholder: str = Field("[INSERT PROMPT HERE]", description="What stands for the goal inside a template.")
@@ -77,7 +91,7 @@ class TaskConfig(_Section):
     """A capability task: what the repaired model must still be able to do."""
 
     name: str = Field(description="Name in the evaluation.")
-    path: FileName = Field(description="Local file or Hub data set id.")
+    path: FileName = Field(min_length=1, description="Local file or Hub data set id.")
     format: Literal["qa", "records"] = Field("qa", description="`qa` reads question and answer columns.")
     column: str | None = Field(None, description="Column with the question, for `records`.")
     revision: str | None = Field(None, description="Hub commit, tag or branch; only for Hub data sets.")

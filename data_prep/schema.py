@@ -99,8 +99,29 @@ class Task:
 
 
 @dataclass(frozen=True)
+class RowCount:
+    """What became of a source's rows. `read` = `train` + `test` + all of `dropped` (reason -> rows)."""
+
+    source: str
+    read: int
+    train: int
+    test: int
+    dropped: dict[str, int]
+
+    COLUMNS = ("source", "rows read", "train", "test", "left out")
+
+    def cells(self) -> tuple[str, int, int, int, str]:
+        """The row of a table whose columns are `COLUMNS`."""
+        left_out = ", ".join(f"{n} {reason}" for reason, n in self.dropped.items())
+        return self.source, self.read, self.train, self.test, left_out or "none"
+
+
+@dataclass(frozen=True)
 class Corpus:
-    """Everything a run reads. `notes` tell what loading dropped, one line each, with counts and no texts."""
+    """Everything a run reads.
+
+    `notes` tell what loading dropped, one line each, with counts and no texts; `rows` count every row of every source.
+    """
 
     harmful: Split
     benign: Split
@@ -108,6 +129,7 @@ class Corpus:
     wrappers: list[Wrapper]
     tasks: list[Task]
     notes: list[str] = field(default_factory=list)
+    rows: list[RowCount] = field(default_factory=list)
 
     def wrappers_of(self, role: Role) -> list[Wrapper]:
         """The wrappers of one role, in the order of the recipe."""

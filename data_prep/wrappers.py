@@ -1,19 +1,23 @@
 """Jailbreak templates: selecting them from a file by role, and recombining them into training wrappers."""
 
-import json
 import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from .cells import text_of
 from .config import JailbreakConfig, parse_slice
 from .errors import UserError, unknown
-from .loaders import Source, read_rows
+from .json_lines import parse_json, read_text
+from .same_text import normalised
 from .schema import Role, Wrapper
+from .tables import Row, Source, columns, no_column, read_rows, shown
 
 SELECTOR = re.compile(r"^(?P<group>[^\[\]]+)(?:\[(?P<pick>[^\[\]]+)\])?$")
 SENTENCE_END = re.compile(r"(?<=[.!?:\n])\s+")
 TEMPLATE_COLUMNS = ("text", "template", "prompt")
+# A group's name stands in ids, figures and reports: it must not be a template's text.
+LONGEST_NAME = 60
 
 
 def load_wrappers(config: JailbreakConfig) -> list[Wrapper]:
@@ -34,7 +38,7 @@ def load_wrappers(config: JailbreakConfig) -> list[Wrapper]:
         for selector in chosen:
             for group, i in _select(groups, selector, f"data.jailbreaks.{role}", config.path):
                 wrapper = Wrapper(f"{stem}:{group}[{i}]", f"{group}[{i}]", role, groups[group][i], config.placeholder)
-                earlier = roles.setdefault(" ".join(wrapper.text.split()), (wrapper.id, role))
+                earlier = roles.setdefault(normalised(wrapper.text), (wrapper.id, role))
                 if earlier != (wrapper.id, role):
                     raise UserError(
                         f"{config.path}: template {wrapper.id} ({role}) is the same as {earlier[0]} ({earlier[1]}); "
@@ -48,31 +52,44 @@ def load_wrappers(config: JailbreakConfig) -> list[Wrapper]:
 def read_templates(path: str) -> dict[str, list[str]]:
     """`{group: [template, ...]}` of a JSON object, or of a table's text column (by its group column or the stem)."""
     if Path(path).suffix == ".json" and Path(path).is_file():
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} cannot be read as json: {error}") from error
+        data = parse_json(read_text(Path(path)), path)
         if isinstance(data, dict):
             return _checked_groups(path, data)
     rows = read_rows(Source(path, "harmful"))
-    column = next((name for name in TEMPLATE_COLUMNS if name in rows[0]), None)
+    found = columns(rows)
+    column = next((name for name in TEMPLATE_COLUMNS if name in found), None)
     if column is None:
-        raise unknown(f"column of {path}", TEMPLATE_COLUMNS[0], (str(name) for name in rows[0]))
+        raise no_column(path, TEMPLATE_COLUMNS[0], found)
     groups: dict[str, list[str]] = {}
     for row in rows:
-        groups.setdefault(str(row.get("group") or Path(path).stem), []).append(str(row[column]).strip())
+        name = text_of(row, "group") or Path(path).stem
+        groups.setdefault(_named(name, row.where), []).append(text_of(row, column))
     return groups
 
 
 def _checked_groups(path: str, data: dict[str, object]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
-    for name, templates in data.items():
-        if not isinstance(templates, list) or not all(isinstance(text, str) for text in templates):
-            raise UserError(f"{path}: group {name!r} must be a list of template strings")
-        groups[name] = templates
+    for number, (name, templates) in enumerate(data.items()):
+        where = f"{path}, group {''.join(shown([name])) or number}"
+        if not isinstance(templates, list):
+            raise UserError(f"{where}: must be a list of template strings, found {type(templates).__name__}")
+        checked: list[str] = []
+        for i, text in enumerate(templates):
+            if not isinstance(text, str):
+                raise UserError(f"{where}, template {i}: found {type(text).__name__}, expected text")
+            # Checked as a cell is, and kept to the last space: its edges may be part of the jailbreak.
+            text_of(Row({"text": text}, f"{where}, template {i}"), "text")
+            checked.append(text)
+        groups[_named(name, where)] = checked
     if not any(groups.values()):
         raise UserError(f"{path} holds no templates")
     return groups
+
+
+def _named(name: str, where: str) -> str:
+    if not name.strip() or len(name) > LONGEST_NAME or not name.isprintable() or set("[]") & set(name):
+        raise UserError(f"{where}: a group's name has 1 to {LONGEST_NAME} printable characters, without [ and ]")
+    return name
 
 
 def _select(groups: dict[str, list[str]], selector: str, key: str, path: str) -> Iterator[tuple[str, int]]:
@@ -81,7 +98,7 @@ def _select(groups: dict[str, list[str]], selector: str, key: str, path: str) ->
         raise UserError(f"{key}: {selector!r} is no selector; expected 'group', 'group[0]' or 'group[0:4]'")
     group, pick = found["group"], found["pick"]
     if group not in groups:
-        raise unknown(f"template group of {path} in {key}", group, groups)
+        raise unknown(f"template group of {path} in {key}", group, shown(groups) or ["(no group with a short name)"])
     size = len(groups[group])
     if pick is None:
         chosen = range(size)

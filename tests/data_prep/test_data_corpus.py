@@ -8,8 +8,9 @@ import pytest
 from pydantic import ValidationError
 
 from data_prep.config import DataConfig, JailbreakConfig, SourceConfig, TaskConfig
-from data_prep.corpus import load_corpus, normalised
+from data_prep.corpus import load_corpus
 from data_prep.errors import UserError
+from data_prep.same_text import normalised
 from data_prep.schema import Conversation
 
 
@@ -85,9 +86,10 @@ def test_same_text_is_dropped_from_train_and_noted(folder: Path) -> None:
 
 
 def test_test_path(folder: Path) -> None:
-    other = str(folder / "benign.jsonl")
-    corpus = load_corpus(config(folder, harmful={"train": 20, "test": 20, "test_path": other}), seed=0)
-    assert {p.id.split(":")[0] for p in corpus.harmful.test} == {"benign"}
+    other = folder / "more_goals.jsonl"
+    other.write_text("\n".join(json.dumps({"prompt": f"another goal {i}"}) for i in range(20)))
+    corpus = load_corpus(config(folder, harmful={"train": 20, "test": 20, "test_path": str(other)}), seed=0)
+    assert {p.id.split(":")[0] for p in corpus.harmful.test} == {"more_goals"}
 
 
 def test_test_path_with_the_same_stem_has_distinct_ids(folder: Path) -> None:
@@ -122,12 +124,48 @@ def test_normalised() -> None:
         ({"jailbreaks": {"placeholder": "{goal}"}}, r"has no placeholder '\{goal\}'"),
         ({"jailbreaks": {"path": "nowhere.json"}}, "no such file"),
         ({"capability": [{"name": "a", "path": "nowhere.json"}]}, "no such file"),
+        ({"harmful": {"train": 10, "test": 0}}, r"^data.harmful.test: found 0; allowed: 1 or more"),
+        ({"benign": {"train": 0, "test": 0}}, r"^data.benign.test: found 0"),
+        ({"capability": [{"name": "a", "path": "q.json", "test": 0}]}, r"^data.capability 'a', test: found 0"),
+        ({"harmful": {"train": "0:12:9999999"}}, r"^data.harmful.train .*'0:12:9999999' has a step beyond its rows"),
+        ({"harmful": {"test": "-21:"}}, r"^data.harmful.test .*exceeds the 20"),
+        ({"harmful": {"train": 10**9}}, r"^data.harmful.train .*1000000000 rows asked"),
+        ({"jailbreaks": {"seen": []}}, r"^data.jailbreaks.seen: found no selector"),
+        ({"jailbreaks": {"seen": [], "unseen": [], "robust": []}}, r"^data.jailbreaks.seen: found no selector"),
+        ({"jailbreaks": {"seen": [], "unseen": []}}, r"^data.jailbreaks.seen: found no selector"),
     ],
 )
 def test_impossible_requests(folder: Path, changes: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says) as caught:
         load_corpus(config(folder, **changes), seed=0)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("groups", "says"),
+    [
+        (
+            {"a": ["x" * 100_001]},
+            "group a, template 0, column 'text': found 100001 characters; allowed: at most 100000",
+        ),
+        ({"a": ["fine [INSERT PROMPT HERE]", None]}, "group a, template 1: found NoneType, expected text"),
+        ({"a": "text"}, "group a: must be a list"),
+        ({"x" * 61: ["text"]}, "group 0: a group's name has 1 to 60"),
+        ({"a]": ["text"]}, "group 0: a group's name"),
+        ({"a": []}, "holds no templates"),
+    ],
+)
+def test_templates_that_are_none_are_refused_with_their_place(folder: Path, groups: object, says: str) -> None:
+    (folder / "templates.json").write_text(json.dumps(groups))
+    with pytest.raises(UserError) as caught:
+        load_corpus(config(folder), seed=0)
+    assert str(caught.value).startswith(str(folder / "templates.json")) and says in str(caught.value)
+
+
+def test_a_group_twice_is_refused(folder: Path) -> None:
+    (folder / "templates.json").write_text('{"broken": ["x"], "broken": ["y"]}')
+    with pytest.raises(UserError, match=r"templates\.json: not valid JSON: an object has one key twice"):
+        load_corpus(config(folder), seed=0)
 
 
 def test_everything_dropped_is_an_error(folder: Path) -> None:
@@ -167,7 +205,21 @@ def test_templates_of_a_table(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"train": "0-3"}, {"train": -1}, {"test": "::0"}, {"fromat": "qa"}, {"format": "nothing"}]
+    "fields",
+    [
+        {"train": "0-3"},
+        {"train": -1},
+        {"test": "::0"},
+        {"fromat": "qa"},
+        {"format": "nothing"},
+        {"train": True},
+        {"test": 1.5},
+        {"train": "-:3"},
+        {"train": "0:" + "9" * 5000},
+        {"test": "\u0663:4"},
+        {"path": ""},
+        {"test_path": ""},
+    ],
 )
 def test_config_refuses(fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):

@@ -67,7 +67,7 @@ def test_alpaca_joins_input(tmp_path: Path) -> None:
 
 
 def test_qa_reads_both(tmp_path: Path) -> None:
-    path = write(tmp_path / "q.jsonl", json.dumps({"question": "2+2", "answer": 4}))
+    path = write(tmp_path / "q.jsonl", json.dumps({"question": "2+2", "answer": "4"}))
     assert load("qa", Source(path, "capability"))[0].answer == "4"
 
 
@@ -81,7 +81,7 @@ def test_qa_reads_both(tmp_path: Path) -> None:
         ("a.csv", "prompt\n", "records", "holds no rows"),
         ("a.csv", "prompt,b\n,1\n", "records", "no usable rows"),
         ("a.jsonl", "", "records", "holds no rows"),
-        ("a.json", "{", "records", "cannot be read as json"),
+        ("a.json", "{", "records", "a.json: not valid JSON"),
         ("a.json", '{"a": 1}', "records", "list of objects"),
         ("a.txt", "x", "records", "file type"),
         ("a.csv", "prompt\nx\n", "recods", "data format 'recods' .did you mean 'records'"),

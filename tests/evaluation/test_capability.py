@@ -1,9 +1,16 @@
+import os
+from pathlib import Path
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_prep.errors import UserError
+from data_prep.loaders import Source, load
 from data_prep.schema import Conversation, Prompt, Task
-from trainer.evaluation.capability import matches, score
+from trainer.evaluation.answers import matches, reference
+from trainer.evaluation.capability import score
 from trainer.model.chat import Chat
 
 
@@ -79,3 +86,58 @@ def test_a_missing_answer_and_an_unknown_metric_are_named(model, tokenizer):
         score(model, Chat(tokenizer), task("bleu", ("w1", "w2")), max_new_tokens=4, batch_size=2)
     with pytest.raises(UserError, match="demo"):
         score(model, Chat(tokenizer), task("token_accuracy"), max_new_tokens=4, batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "right"),
+    [
+        ("It is 5 + 6 = 11. The answer is 11.", "5 and 6 are 11.\n#### 11", True),
+        ("It is 5 + 6 = 12.", "5 and 6 are 11.\n#### 11", False),
+        ("The rationale: 5 and 6 are 11. So 12.", "5 and 6 are 11.\n#### 11", False),
+        ("It is $1,200.", "#### 1,200", True),
+        ("**72**", "72", True),
+        ("\\boxed{72}", "72", True),
+        ("It is 18 dollars.", "$18", True),
+        ("It is 18 euros.", "$18", False),
+        ("-$5", "-5", True),
+        ("10-15", "15", True),
+        ("about 1.5e3", "1500", True),
+        ("1\u202f200", "1200", True),
+        ("\u22125", "-5", True),
+        ("72", "72%", True),
+        ("It is 5 kilometres.", "5 km", True),
+        ("5 m", "5 km", False),
+        ("12", "12 Angry Men", False),
+        ("It is 12 Angry Men.", "12 Angry Men", True),
+        ("A good question. The answer is B", "B", True),
+        ("**Answer:** (B)", "B", True),
+        ("The answer is not A. Answer: C", "C", True),
+        ("The answer is a matter of taste", "A", False),
+        ("b)", "B", True),
+        ("I'm sure", "I", False),
+    ],
+)
+def test_published_answers_currencies_units_and_choices(text, answer, right):
+    assert matches(text, answer) is right
+
+
+def test_an_answer_of_a_rationale_alone_is_missing():
+    assert reference("Because.\n#### ") == "" and reference("#### 4\nmore") == "#### 4\nmore"
+
+
+@given(st.text(max_size=60), st.text(max_size=20))
+def test_any_reply_and_answer_can_be_compared(text, answer):
+    assert matches(text, answer) in (True, False)
+
+
+GSM8K = (
+    Path(os.environ.get("ROUTEALIGN_SHARED", Path(__file__).parents[2] / ".." / "shared")) / "data/gsm8k/test.jsonl"
+)
+
+
+@pytest.mark.skipif(not GSM8K.is_file(), reason="no public benchmark files at hand")
+def test_every_published_gsm8k_answer_is_scored_right_and_wrong():
+    answers = [row.answer for row in load("qa", Source(str(GSM8K), "capability"))]
+    assert len(answers) == 1319
+    assert all(matches(f"Let us see. The answer is {reference(answer)}.", answer) for answer in answers)
+    assert not any(matches(f"Let us see. The answer is 1{reference(answer)}.", answer) for answer in answers)

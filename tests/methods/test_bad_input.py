@@ -19,9 +19,13 @@ Refused = Callable[..., str]
 
 
 def test_a_model_that_refuses_nothing_gives_no_pair_and_says_how_many(
-    small: Small, refused: Refused, organism: Organism
+    small: Small, refused: Refused, organism: Organism, tmp_path: Path
 ) -> None:
-    message = refused("run", small(data__harmful__path=str(organism.data / "benign.jsonl")))
+    # Harmless prompts that nothing else in the recipe reads.
+    path = tmp_path / "harmless.jsonl"
+    path.write_text("\n".join((organism.data / "benign.jsonl").read_text().splitlines()[-200:]))
+    harmless = {"data__benign__train": "0:24", "data__benign__test": "24:32"}
+    message = refused("run", small(data__harmful__path=str(path), **harmless))
     assert "no pair survives: the model refuses 0 of 24 plain harmful goals (data.harmful)" in message
 
 
@@ -75,6 +79,21 @@ def test_a_missing_data_file_an_empty_one_and_a_missing_column_are_refused(
     (tmp_path / "other.jsonl").write_text('{"promt": "w1"}\n' * 40)
     message = refused("run", small(data__benign__path=str(tmp_path / "other.jsonl"), data__benign__column="prompt"))
     assert "other.jsonl" in message and "promt" in message
+
+
+def test_rows_that_are_no_prompts_are_refused_with_file_row_and_column(
+    small: Small, refused: Refused, tmp_path: Path
+) -> None:
+    (tmp_path / "odd.jsonl").write_text('{"prompt": "w1"}\n{"prompt": {"role": "user"}}\n')
+    message = refused("run", small(data__benign__path=str(tmp_path / "odd.jsonl")))
+    assert (
+        "odd.jsonl, row 1 (line 2), column 'prompt': found an object, expected text or a list of messages" in message
+    )
+    (tmp_path / "odd.csv").write_text("prompt\nhow, then\n")
+    assert "row 0 (line 2): found 2 cells" in refused("run", small(data__benign__path=str(tmp_path / "odd.csv")))
+    assert "data.harmful.test: found 0" in refused("run", small(data__harmful__test=0))
+    assert "data.jailbreaks.seen: found no selector" in refused("run", small(data__jailbreaks__seen=[]))
+    assert "evaluate.refusal_markers: found 'e'" in refused("run", small(evaluate__refusal_markers=["e"]))
 
 
 def test_a_misspelt_key_and_a_wrong_type_are_refused(small: Small, refused: Refused) -> None:

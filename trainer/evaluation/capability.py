@@ -3,9 +3,6 @@
 Shape suffixes: B rows, T positions (left-padded), A positions of the longest answer, V vocabulary.
 """
 
-import re
-import unicodedata
-from decimal import Decimal
 from typing import Any, cast
 
 import torch
@@ -14,15 +11,13 @@ from transformers import PreTrainedModel
 
 from data_prep.errors import UserError, unknown
 from data_prep.schema import Task
+from trainer.evaluation.answers import matches, reference
 from trainer.evaluation.generation import evaluating, left_pad, reply, require_room
 from trainer.evaluation.metrics import Rate, from_counts, from_flags
 from trainer.model.chat import Chat
 from trainer.moe.sharding import is_sharded
 from trainer.runtime.console import progress
 from trainer.runtime.processes import dealt, from_all_ranks
-
-_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
-_CHOICE = re.compile(r"(?:^|\banswer(?: is)?:? ?|\boption )\W*([A-Z])\b(?=\W|$)", re.IGNORECASE)
 
 
 def score(model: PreTrainedModel, chat: Chat, task: Task, *, max_new_tokens: int, batch_size: int) -> Rate:
@@ -32,7 +27,7 @@ def score(model: PreTrainedModel, chat: Chat, task: Task, *, max_new_tokens: int
     reference up to there (teacher-forced, no generation); n = answer tokens, padding and prompt not counted.
     Raises `UserError` naming the task for a prompt without answer, an unknown metric, or no prompts at all.
     """
-    missing = [prompt.id for prompt in task.prompts if not (prompt.answer and prompt.answer.strip())]
+    missing = [prompt.id for prompt in task.prompts if not reference(prompt.answer or "")]
     if missing:
         raise UserError(f"capability task '{task.name}': prompt '{missing[0]}' has no answer ({len(missing)} without)")
     if task.metric == "token_accuracy":
@@ -44,34 +39,6 @@ def score(model: PreTrainedModel, chat: Chat, task: Task, *, max_new_tokens: int
     replies = reply(model, chat, asked, max_new_tokens=max_new_tokens, batch_size=batch_size, label=label)
     pairs = zip(replies, task.prompts, strict=True)
     return from_flags((matches(said.text, cast(str, prompt.answer)) for said, prompt in pairs), name=label)
-
-
-def matches(text: str, answer: str) -> bool:
-    """Whether a reply gives the reference answer.
-
-    A number must be the last number of the reply, equal in value ("1,200" = "1200.0"), as GSM8K is commonly scored. A
-    single capital letter must be the choice that opens the reply or follows "answer (is)". Any other answer must occur
-    in the reply as whole words after normalisation (case, punctuation, articles, Unicode form): chat models wrap
-    a correct answer in a sentence, so demanding the bare string would score the wrapping.
-    """
-    wanted = answer.strip()
-    if _NUMBER.fullmatch(wanted):
-        numbers = _NUMBER.findall(text)
-        return bool(numbers) and _value(numbers[-1]) == _value(wanted)
-    if re.fullmatch(r"[A-Z]", wanted):
-        choice = _CHOICE.search(text.strip())
-        return bool(choice) and cast(re.Match[str], choice).group(1).upper() == wanted
-    needle = _words(wanted)
-    return bool(needle) and f" {needle} " in f" {_words(text)} "
-
-
-def _value(number: str) -> Decimal:
-    return Decimal(number.replace(",", ""))
-
-
-def _words(text: str) -> str:
-    bare = re.sub(r"[^\w\s]", " ", unicodedata.normalize("NFKC", text).lower())
-    return " ".join(word for word in bare.split() if word not in {"a", "an", "the"})
 
 
 @torch.no_grad()

@@ -82,17 +82,21 @@ class Suite:
     def __init__(
         self, corpus: Corpus, judge: Judge, section: EvaluateSection, data: DataConfig, *, capability: bool = True
     ) -> None:
-        needed: dict[str, Sequence[object]] = {}
+        needed: dict[str, tuple[str, Sequence[object]]] = {}
         for name in ("harmful", "benign", "borderline"):
             if getattr(data, name) is not None:
-                needed[f"{name} test prompts"] = getattr(corpus, name).test
+                needed[f"data.{name}.test"] = (f"{name} test prompts", getattr(corpus, name).test)
         if data.jailbreaks is not None and data.harmful is not None:
-            needed |= {f"wrappers of role '{role}'": corpus.wrappers_of(role) for role in ("seen", "unseen")}
+            for role in ("seen", "unseen"):
+                needed[f"data.jailbreaks.{role}"] = (f"wrappers of role '{role}'", corpus.wrappers_of(role))
         elif data.jailbreaks is not None:
-            needed["wrappers"] = corpus.wrappers
-        absent = [name for name, items in needed.items() if not items]
+            needed["data.jailbreaks.seen"] = ("wrappers", corpus.wrappers)
+        absent = {key: name for key, (name, items) in needed.items() if not items}
         if absent:
-            raise UserError(f"evaluation needs {', '.join(absent)}; the recipe's data section provides none")
+            raise UserError(
+                f"evaluation needs {', '.join(absent.values())}; the recipe's data section provides none "
+                f"({', '.join(absent)})"
+            )
         self.corpus = corpus
         self.judge = judge
         self.section = section

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, set_seed
 
 from data_prep.corpus import load_corpus
 from data_prep.errors import UserError
-from data_prep.schema import Conversation, Corpus
+from data_prep.schema import Conversation, Corpus, RowCount
 from trainer.engines.engine import Engine, engine
 from trainer.engines.table import names
 from trainer.evaluation.generation import reply
@@ -28,7 +28,7 @@ from trainer.recipe.sections import RepliesSection
 from trainer.run.folder import Run
 from trainer.run.manifest import Manifest
 from trainer.run.step import Artefact, JsonFile, Kept, Step
-from trainer.runtime.console import say
+from trainer.runtime.console import say, table
 from trainer.runtime.files import fingerprint, sha256_text
 
 __all__ = [
@@ -105,6 +105,7 @@ class Experiment(Generic[R]):
         """
         set_seed(recipe.run.seed)
         corpus = load_corpus(recipe.data, recipe.run.seed)
+        table("data", RowCount.COLUMNS, (count.cells() for count in corpus.rows))
         for note in corpus.notes:
             say(note)
         if recipe.model.quantization is not None and not engine().capabilities.holds_packed_weights:

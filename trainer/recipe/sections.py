@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from data_prep.config import FileName
 from data_prep.errors import unknown
 from trainer.recipe.errors import at_key
+from trainer.recipe.markers import refuse_empty_marker
 from trainer.recipe.section import Count, PerPair, Section, Share, TrainerSection, Weight
 
 JUDGES = ("phrases",)
@@ -159,9 +160,9 @@ class EvaluateSection(Section):
 
     max_new_tokens: Count = Field(24, description="tokens of a generated reply")
     batch_size: Count = Field(64, description="prompts per forward")
-    judge: str = Field("phrases", description="who judges replies; phrases: offline rules for English refusals")
+    judge: str = Field("phrases", description="who judges replies; phrases: offline rules, tuned on English")
     refusal_markers: Annotated[list[str], Field(min_length=1)] | None = Field(
-        None, description="phrases that mark a refusal; null: the built-in list"
+        None, description="phrases that mark a refusal; null: the built-in rules"
     )
     wraps_per_benign: Count = Field(2, description="jailbreak wrappers that each harmless test prompt is asked in")
 
@@ -171,6 +172,13 @@ class EvaluateSection(Section):
         if name not in JUDGES:
             raise unknown("judge", name, JUDGES)
         return name
+
+    @field_validator("refusal_markers")
+    @classmethod
+    def _telling(cls, markers: list[str] | None) -> list[str] | None:
+        for marker in markers or []:
+            refuse_empty_marker(marker)
+        return markers
 
 
 class ControlledEvaluateSection(EvaluateSection):
