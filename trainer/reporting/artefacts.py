@@ -26,6 +26,7 @@ class Artefacts:
     expert_set: dict[str, Any] = field(default_factory=dict)
     logs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     audit: dict[str, Any] = field(default_factory=dict)
     missing: set[str] = field(default_factory=set)
 
@@ -73,6 +74,7 @@ def read(run_dir: Path) -> Artefacts:
     found.logs = {path.name: _log(path / "log.json") for path in stages if (path / "log.json").is_file()}
     sized = [path for path in stages if (path / "parameters.json").is_file()]
     found.parameters = {path.name: _object(path / "parameters.json") for path in sized}
+    found.rows = {path.name: _object(path / "rows.json") for path in stages if (path / "rows.json").is_file()}
     if not found.logs:
         found.missing.add("stages/*/log.json")
     return found
