@@ -15,6 +15,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from trainer.model.chat import Chat
+
 WORDS = [f"w{i}" for i in range(56)]
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}<user> {{ m['content'] }} "
@@ -65,3 +67,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def token_ids(rows: int = 3, length: int = 10, seed: int = 1) -> torch.Tensor:
     return torch.randint(2, 64, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def tiny_chat() -> Chat:
+    """That tokenizer, as the rooms take it."""
+    return Chat(tiny_tokenizer())

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from data_prep.config import DataConfig, JailbreakConfig, SourceConfig, TaskConfig
 from data_prep.corpus import load_corpus, normalised
 from data_prep.errors import UserError
+from data_prep.schema import Conversation
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_whole_corpus(folder: Path) -> None:
     assert {p.kind for p in corpus.borderline.test} == {"borderline"}
     assert [w.family for w in corpus.wrappers_of("unseen")] == ["broken[2]", "broken[3]"]
     assert [w.role for w in corpus.wrappers] == ["seen", "seen", "unseen", "unseen", "robust"]
-    assert corpus.wrappers[0].wrap("GOAL") == "wrapper 0: GOAL"
+    assert corpus.wrappers[0].wrap(Conversation.of("GOAL")).text == "wrapper 0: GOAL"
     assert corpus.tasks[0].prompts[0].answer is not None and len(corpus.tasks[0].prompts) == 5
     assert corpus.notes == []
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from data_prep.schema import Wrapper
+from data_prep.schema import Conversation, Wrapper
 from data_prep.wrappers import recombine
 
 MARK = "[INSERT PROMPT HERE]"
@@ -30,7 +30,7 @@ def test_recombined(parts: list[tuple[str, str]], contexts: list[str], n: int, s
     for wrapper in made:
         assert (wrapper.family, wrapper.role) == ("recombined", "seen")
         assert wrapper.text.count(MARK) == 1
-        assert wrapper.wrap("GOAL").count("GOAL") == 1
+        assert wrapper.wrap(Conversation.of("GOAL")).text.count("GOAL") == 1
         assert set(wrapper.text.replace(MARK, " ").translate(quotes).split()) <= set(material)
 
 
@@ -55,6 +55,6 @@ def test_refusals() -> None:
 
 
 def test_wrapper_fills_every_placeholder_and_needs_one() -> None:
-    assert Wrapper("a", "a", "seen", "X and X", "X").wrap("goal") == "goal and goal"
+    assert Wrapper("a", "a", "seen", "X and X", "X").wrap(Conversation.of("goal")).text == "goal and goal"
     with pytest.raises(UserError, match="template t:3 has no placeholder"):
         Wrapper("t:3", "t", "seen", "nothing", MARK)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
-from data_prep.schema import Prompt, Wrapper
-from tests.tiny import TOP_K, tiny_model, tiny_tokenizer
+from data_prep.schema import Conversation, Prompt, Wrapper
+from tests.tiny import TOP_K, tiny_chat, tiny_model
 from trainer.detection import contrasts
 from trainer.detection.pairs import Pair
 from trainer.model.chat import ChatTurn
@@ -17,10 +17,13 @@ from trainer.model.reply import Reply
 from trainer.moe.backbone import Backbone
 from trainer.moe.routing import record
 
-TOKENIZER = tiny_tokenizer()
+CHAT = tiny_chat()
+TOKENIZER = CHAT.tokenizer
 WRAPPER = Wrapper("w:0", "w", "seen", "w40 [X] w41", "[X]")
 REFUSAL, UNSAFE = Reply.written("w9"), Reply.written("w30 w31")
-PAIRS = [Pair(Prompt(f"g:{i}", f"w{i} w{i + 1}", "harmful"), WRAPPER, REFUSAL, UNSAFE) for i in range(3)]
+PAIRS = [
+    Pair(Prompt(f"g:{i}", Conversation.of(f"w{i} w{i + 1}"), "harmful"), WRAPPER, REFUSAL, UNSAFE) for i in range(3)
+]
 
 
 def words(turn: ChatTurn) -> tuple[str, str]:
@@ -34,25 +37,25 @@ def lines(path: Path, *rows: object) -> Path:
 
 
 def test_safety_compares_a_refusal_and_the_unsafe_reply_to_the_same_jailbroken_prompt() -> None:
-    (first, *_) = contrasts.safety(TOKENIZER, PAIRS, None)
+    (first, *_) = contrasts.safety(CHAT, PAIRS, None)
     assert words(first.x1) == ("<user> w40 w0 w1 w41 <assistant>", "w9 <eos>")
     assert words(first.x2) == ("<user> w40 w0 w1 w41 <assistant>", "w30 w31 <eos>")
-    (fixed, *_) = contrasts.safety(TOKENIZER, PAIRS, "w50 w51")
+    (fixed, *_) = contrasts.safety(CHAT, PAIRS, "w50 w51")
     assert words(fixed.x1)[1] == "w50 w51 <eos>"
 
 
 def test_safety_takes_the_data_sets_unsafe_replies_where_it_is_told_to() -> None:
-    prompt = Prompt("h:0", "w1", "harmful", answer="w30")
-    (found,) = contrasts.safety_from_answers(TOKENIZER, [prompt], "w9")
+    prompt = Prompt("h:0", Conversation.of("w1"), "harmful", answer="w30")
+    (found,) = contrasts.safety_from_answers(CHAT, [prompt], "w9")
     assert words(found.x1) == ("<user> w1 <assistant>", "w9 <eos>")
     assert words(found.x2) == ("<user> w1 <assistant>", "w30 <eos>")
     with pytest.raises(UserError, match="prompt 'h:1' has no unsafe reply"):
-        contrasts.safety_from_answers(TOKENIZER, [prompt, Prompt("h:1", "w1", "harmful")], "w9")
+        contrasts.safety_from_answers(CHAT, [prompt, Prompt("h:1", Conversation.of("w1"), "harmful")], "w9")
 
 
 def test_faithfulness_compares_the_question_alone(tmp_path: Path) -> None:
     path = lines(tmp_path / "f.jsonl", {"document": "w1 w2 w5", "question": "w5 w6"})
-    (found,) = contrasts.faithfulness(TOKENIZER, path)
+    (found,) = contrasts.faithfulness(CHAT, path)
     assert words(found.x1) == ("<user> <unk> w1 w2 w5 <unk>", "w5 w6")
     assert words(found.x2) == ("<user> <unk>", "w5 w6")
 
@@ -60,9 +63,7 @@ def test_faithfulness_compares_the_question_alone(tmp_path: Path) -> None:
 def test_custom_pairs_compare_the_last_occurrence_of_their_span(tmp_path: Path) -> None:
     x1 = [{"role": "user", "content": "w1 w2 w3"}, {"role": "assistant", "content": "w1 w2"}]
     x2 = [{"role": "user", "content": "w1 w2 w8"}]
-    (found,) = contrasts.custom(
-        TOKENIZER, lines(tmp_path / "c.jsonl", {"id": "p", "x1": x1, "x2": x2, "span": "w1 w2"})
-    )
+    (found,) = contrasts.custom(CHAT, lines(tmp_path / "c.jsonl", {"id": "p", "x1": x1, "x2": x2, "span": "w1 w2"}))
     assert words(found.x1) == ("<user> w1 w2 w3 <assistant>", "w1 w2")
     assert words(found.x2) == ("<user>", "w1 w2")
 
@@ -70,7 +71,7 @@ def test_custom_pairs_compare_the_last_occurrence_of_their_span(tmp_path: Path) 
 def test_custom_pairs_without_a_span_compare_the_last_reply(tmp_path: Path) -> None:
     x1 = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
     x2 = [*x1, {"role": "user", "content": "w3"}, {"role": "assistant", "content": "w4 w5"}]
-    (found,) = contrasts.custom(TOKENIZER, lines(tmp_path / "c.jsonl", {"x1": x1, "x2": x2}))
+    (found,) = contrasts.custom(CHAT, lines(tmp_path / "c.jsonl", {"x1": x1, "x2": x2}))
     assert words(found.x1)[1] == "w2 <eos>"
     assert words(found.x2) == ("<user> w1 <assistant> w2 <eos> <user> w3 <assistant>", "w4 w5 <eos>")
 
@@ -92,7 +93,7 @@ USER = [{"role": "user", "content": "w1"}]
 )
 def test_a_faulty_pair_is_named_by_its_id_and_never_quoted(row: object, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message) as refused:
-        contrasts.custom(TOKENIZER, lines(tmp_path / "c.jsonl", row))
+        contrasts.custom(CHAT, lines(tmp_path / "c.jsonl", row))
     assert "\n" not in str(refused.value) and "w1" not in str(refused.value)
 
 
@@ -100,17 +101,17 @@ def test_an_empty_or_broken_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl"
     path.write_text("\n")
     with pytest.raises(UserError, match="holds no pairs"):
-        contrasts.custom(TOKENIZER, path)
+        contrasts.custom(CHAT, path)
     path.write_text("{")
     with pytest.raises(UserError, match="line 1: not valid JSON"):
-        contrasts.custom(TOKENIZER, path)
+        contrasts.custom(CHAT, path)
 
 
 def test_counts_are_of_the_span_inside_the_whole_sequence() -> None:
     """Cutting a sequence off behind its span leaves the span's routing as it is in the whole one."""
     backbone = Backbone.of(tiny_model()).check()
-    found = contrasts.safety(TOKENIZER, PAIRS, None)
-    counts = contrasts.count_contrasts(backbone, TOKENIZER, found, batch_size=2)
+    found = contrasts.safety(CHAT, PAIRS, None)
+    counts = contrasts.count_contrasts(backbone, CHAT, found, batch_size=2)
     for i, contrast in enumerate(found):
         for side, turn in ((counts.anchor, contrast.x1), (counts.adversarial, contrast.x2)):
             longer = torch.tensor([[*turn.ids, 20, 21, 22]])
@@ -122,7 +123,7 @@ def test_counts_are_of_the_span_inside_the_whole_sequence() -> None:
 
 def test_the_table_obeys_the_papers_invariants_and_says_both_sides_right() -> None:
     backbone = Backbone.of(tiny_model()).check()
-    counts = contrasts.count_contrasts(backbone, TOKENIZER, contrasts.safety(TOKENIZER, PAIRS, None), 2)
+    counts = contrasts.count_contrasts(backbone, CHAT, contrasts.safety(CHAT, PAIRS, None), 2)
     table = contrasts.activation_table(counts)
     n1, n2 = 3 * 2, 3 * 3  # refusals of one word, replies of two, each with <eos>
     assert (table.a1 + table.d1 == n1).all() and (table.a2 + table.d2 == n2).all()

@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import UserError
-from data_prep.schema import Prompt, Wrapper
+from data_prep.schema import Conversation, Prompt, Wrapper
 from trainer.detection.pairs import PairReport, build_pairs, read_pairs
 from trainer.model.reply import Reply, Verdict
 
-GOALS = [Prompt(f"g:{i}", f"goal{i}", "harmful") for i in range(6)]
+GOALS = [Prompt(f"g:{i}", Conversation.of(f"goal{i}"), "harmful") for i in range(6)]
 WRAPPERS = [Wrapper(f"w:{i}", f"w{i}", "seen", f"wrap{i} [X]", "[X]") for i in range(3)]
 
 
 VERDICTS: dict[str, Verdict] = {"no": "refused", "yes": "complied"}
 
 
-def judge(prompts: Sequence[str], replies: Sequence[Reply]) -> list[Verdict]:
+def judge(prompts: Sequence[Conversation], replies: Sequence[Reply]) -> list[Verdict]:
     assert len(prompts) == len(replies)
     return [VERDICTS.get(reply.text, "unjudged") for reply in replies]
 
@@ -26,9 +26,9 @@ def judge(prompts: Sequence[str], replies: Sequence[Reply]) -> list[Verdict]:
 def build(
     plain: str = "no", wrapped: str = "yes", max_pairs: int = 100, odd: dict[str, str] | None = None
 ) -> PairReport:
-    def ask(prompts: Sequence[str], label: str) -> list[Reply]:
-        texts = [(odd or {}).get(p, wrapped if p.startswith("wrap") else plain) for p in prompts]
-        return [Reply(text, (7, 9, len(prompt)), True) for prompt, text in zip(prompts, texts, strict=True)]
+    def ask(prompts: Sequence[Conversation], label: str) -> list[Reply]:
+        texts = [(odd or {}).get(p.text, wrapped if p.text.startswith("wrap") else plain) for p in prompts]
+        return [Reply(text, (7, 9, len(prompt.text)), True) for prompt, text in zip(prompts, texts, strict=True)]
 
     return build_pairs(GOALS, WRAPPERS, ask, judge, max_pairs)
 
@@ -78,12 +78,12 @@ def test_refusals_and_kept_pairs_are_read_back_as_they_were(tmp_path: Path) -> N
 def test_every_reply_is_judged_with_what_it_answers_in_view() -> None:
     seen: list[tuple[str, str]] = []
 
-    def ask(prompts: Sequence[str], label: str) -> list[Reply]:
-        return [Reply.written(f"to {prompt}") for prompt in prompts]
+    def ask(prompts: Sequence[Conversation], label: str) -> list[Reply]:
+        return [Reply.written(f"to {prompt.text}") for prompt in prompts]
 
-    def looking(prompts: Sequence[str], replies: Sequence[Reply]) -> list[Verdict]:
-        seen.extend(zip(prompts, (reply.text for reply in replies), strict=True))
-        return ["complied" if prompt.startswith("wrap") else "refused" for prompt in prompts]
+    def looking(prompts: Sequence[Conversation], replies: Sequence[Reply]) -> list[Verdict]:
+        seen.extend(zip((prompt.text for prompt in prompts), (reply.text for reply in replies), strict=True))
+        return ["complied" if prompt.text.startswith("wrap") else "refused" for prompt in prompts]
 
     build_pairs(GOALS, WRAPPERS, ask, looking, 4)
     assert len(seen) == len(GOALS) + 4

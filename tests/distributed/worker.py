@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import set_seed
 
-from data_prep.schema import Prompt, Wrapper
+from data_prep.schema import Conversation, Prompt, Wrapper
 from tests.moe.families import FAMILIES
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import tiny_chat, tiny_model
 from trainer.detection.counts import count_activations
 from trainer.detection.pairs import Pair
 from trainer.engines import optimiser_states
@@ -39,7 +39,8 @@ from trainer.training.repair import TrainingRow, repair_experts
 
 STEPS, ROWS_A_STEP = 4, 4
 CHOSEN = ((0, 1), (0, 5), (1, 2), (2, 0), (2, 7))
-TOKENIZER = tiny_tokenizer()
+CHAT = tiny_chat()
+TOKENIZER = CHAT.tokenizer
 
 
 def words(seed: int, n: int) -> str:
@@ -52,12 +53,18 @@ def said(seed: int, n: int) -> Reply:
 
 # Lengths differ, so that the ranks' batches differ in shape.
 ROWS = [
-    TrainingRow(words(i, 3 + i % 7), said(50 + i, 2 + i % 3), "retain" if i % 3 == 0 else "repair", "x")
+    TrainingRow(
+        Conversation.of(words(i, 3 + i % 7)), said(50 + i, 2 + i % 3), "retain" if i % 3 == 0 else "repair", "x"
+    )
     for i in range(24)
 ]
 PAIRS = [
     ConsistencyRow(
-        words(i, 3 + i % 5), words(20 + i, 5 + i % 4), said(40 + i, 3), words(60 + i, 4 + i % 3), said(i, 3)
+        Conversation.of(words(i, 3 + i % 5)),
+        Conversation.of(words(20 + i, 5 + i % 4)),
+        said(40 + i, 3),
+        Conversation.of(words(60 + i, 4 + i % 3)),
+        said(i, 3),
     )
     for i in range(24)
 ]
@@ -119,12 +126,12 @@ def arguments(accumulation: int = 1, **more: Any) -> dict[str, Any]:
 
 
 def repair(model: TrainableModel, folder: Path, **keys: Any) -> list[dict[str, float]]:
-    return repair_experts(model, TOKENIZER, ROWS, RepairSection(**arguments(**keys)), folder, seed=0).log
+    return repair_experts(model, CHAT, ROWS, RepairSection(**arguments(**keys)), folder, seed=0).log
 
 
 def consistency(model: TrainableModel, folder: Path, **keys: Any) -> list[dict[str, float]]:
     section = ConsistencySection(**arguments(**keys))
-    return make_routing_consistent(model, TOKENIZER, PAIRS, section, folder, seed=0).log
+    return make_routing_consistent(model, CHAT, PAIRS, section, folder, seed=0).log
 
 
 def case_full(folder: Path) -> tuple[TrainableModel, list[dict[str, float]]]:
@@ -182,12 +189,12 @@ def inference(out: Path) -> None:
     """Activation counts and replies, whose batches are dealt to the processes."""
     backbone = Backbone.of(tiny_model()).check()
     engine().shard(backbone)
-    goals = [Prompt(f"g{i}", words(i, 3 + i % 5), "harmful") for i in range(11)]
+    goals = [Prompt(f"g{i}", Conversation.of(words(i, 3 + i % 5)), "harmful") for i in range(11)]
     wrapper = Wrapper("w", "family", "seen", "w1 {prompt} w2", "{prompt}")
     pairs = [Pair(goal, wrapper, said(100 + i, 3), said(200 + i, 2 + i % 3)) for i, goal in enumerate(goals)]
-    counts = count_activations(backbone, TOKENIZER, pairs, "both", batch_size=2)
-    prompts = [goal.text for goal in goals]
-    replies = reply(backbone.model, TOKENIZER, prompts, max_new_tokens=5, batch_size=2, label="replies")
+    counts = count_activations(backbone, CHAT, pairs, "both", batch_size=2)
+    prompts = [goal.conversation for goal in goals]
+    replies = reply(backbone.model, CHAT, prompts, max_new_tokens=5, batch_size=2, label="replies")
     found = {
         "hits": counts.adversarial.hits_PLE.tolist(),
         "anchor": counts.anchor.hits_PLE.tolist(),

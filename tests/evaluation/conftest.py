@@ -6,7 +6,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from data_prep.config import DataConfig
-from data_prep.schema import Corpus, Prompt, Split, Task, Wrapper
+from data_prep.schema import Conversation, Corpus, Prompt, Split, Task, Wrapper
+from trainer.model.chat import Chat
 
 WORDS = [f"w{index}" for index in range(60)]
 TEMPLATE = (
@@ -25,6 +26,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     built.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>"]})
     built.chat_template = TEMPLATE
     return built
+
+
+@pytest.fixture
+def chat(tokenizer: PreTrainedTokenizerFast) -> Chat:
+    return Chat(tokenizer)
 
 
 @pytest.fixture
@@ -48,7 +54,10 @@ def prompts() -> list[str]:
 @pytest.fixture
 def corpus() -> Corpus:
     def made(kind: str, count: int, first: int) -> list[Prompt]:
-        return [Prompt(id=f"{kind}-{i}", text=f"w{first + i} w{i}", kind=kind) for i in range(count)]
+        return [
+            Prompt(id=f"{kind}-{i}", conversation=Conversation.of(f"w{first + i} w{i}"), kind=kind)
+            for i in range(count)
+        ]
 
     roles = ["seen", "seen", "unseen", "robust", "seen"]
     wrappers = [
@@ -61,8 +70,16 @@ def corpus() -> Corpus:
         borderline=Split(train=[], test=made("borderline", 3, 20)),
         wrappers=wrappers,
         tasks=[
-            Task("sums", "exact_match", [Prompt(id="s0", text="w1 w2", kind="capability", answer="3")]),
-            Task("words", "token_accuracy", [Prompt(id="t0", text="w1", kind="capability", answer="w2 w3 w4")]),
+            Task(
+                "sums",
+                "exact_match",
+                [Prompt("s0", Conversation.of("w1 w2"), "capability", "3")],
+            ),
+            Task(
+                "words",
+                "token_accuracy",
+                [Prompt("t0", Conversation.of("w1"), "capability", "w2 w3 w4")],
+            ),
         ],
     )
 

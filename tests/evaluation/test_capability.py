@@ -2,14 +2,13 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
-from data_prep.schema import Prompt, Task
+from data_prep.schema import Conversation, Prompt, Task
 from trainer.evaluation.capability import matches, score
+from trainer.model.chat import Chat
 
 
 def task(metric, *pairs):
-    prompts = [
-        Prompt(id=f"p{i}", text=text, kind="capability", answer=answer) for i, (text, answer) in enumerate(pairs)
-    ]
+    prompts = [Prompt(f"p{i}", Conversation.of(text), "capability", answer) for i, (text, answer) in enumerate(pairs)]
     return Task(name="demo", metric=metric, prompts=prompts)
 
 
@@ -58,23 +57,25 @@ def test_token_accuracy_counts_answer_tokens_only_whatever_the_batch(model, toke
     right, total = by_hand(model, tokenizer, pairs)
     assert 0 < right < total
     for batch_size in (1, 4, 32):
-        rate = score(model, tokenizer, task("token_accuracy", *pairs), max_new_tokens=4, batch_size=batch_size)
+        rate = score(model, Chat(tokenizer), task("token_accuracy", *pairs), max_new_tokens=4, batch_size=batch_size)
         assert (rate.n, rate.rate) == (total, pytest.approx(right / total))
 
 
 def test_exact_match_scores_generated_replies(model, tokenizer, prompts):
     from trainer.evaluation.generation import reply
 
-    said = reply(model, tokenizer, prompts[:4], max_new_tokens=6, batch_size=4, label="test")
+    said = reply(
+        model, Chat(tokenizer), list(map(Conversation.of, prompts[:4])), max_new_tokens=6, batch_size=4, label="test"
+    )
     pairs = [(text, " ".join(words.text.split()[:2]) or "w1") for text, words in zip(prompts[:4], said, strict=True)]
     pairs.append((prompts[4], "absent"))
-    assert score(model, tokenizer, task("exact_match", *pairs), max_new_tokens=6, batch_size=2).rate == 0.8
+    assert score(model, Chat(tokenizer), task("exact_match", *pairs), max_new_tokens=6, batch_size=2).rate == 0.8
 
 
 def test_a_missing_answer_and_an_unknown_metric_are_named(model, tokenizer):
     with pytest.raises(UserError, match=r"demo.*p1"):
-        score(model, tokenizer, task("exact_match", ("w1", "w2"), ("w3", None)), max_new_tokens=4, batch_size=2)
+        score(model, Chat(tokenizer), task("exact_match", ("w1", "w2"), ("w3", None)), max_new_tokens=4, batch_size=2)
     with pytest.raises(UserError, match="metric"):
-        score(model, tokenizer, task("bleu", ("w1", "w2")), max_new_tokens=4, batch_size=2)
+        score(model, Chat(tokenizer), task("bleu", ("w1", "w2")), max_new_tokens=4, batch_size=2)
     with pytest.raises(UserError, match="demo"):
-        score(model, tokenizer, task("token_accuracy"), max_new_tokens=4, batch_size=2)
+        score(model, Chat(tokenizer), task("token_accuracy"), max_new_tokens=4, batch_size=2)

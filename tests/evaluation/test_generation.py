@@ -4,12 +4,15 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
-from trainer.evaluation.generation import left_pad, reply, require_chat_template
+from data_prep.schema import Conversation
+from trainer.evaluation.generation import left_pad, reply
+from trainer.model.chat import Chat
 from trainer.model.reply import Reply
 
 
 def ask(model, tokenizer, prompts, batch_size=8, max_new_tokens=8):
-    return reply(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, label="test")
+    asked = [Conversation.of(prompt) for prompt in prompts]
+    return reply(model, Chat(tokenizer), asked, max_new_tokens=max_new_tokens, batch_size=batch_size, label="test")
 
 
 def test_replies_do_not_depend_on_the_batch_size_or_order(model, tokenizer, prompts):
@@ -94,14 +97,6 @@ def test_a_tokenizer_without_pad_token_works(model, tokenizer, prompts):
     tokenizer.pad_token = None
     assert ask(model, tokenizer, prompts) == with_pad
     assert tokenizer.pad_token is None
-
-
-def test_a_missing_chat_template_is_said(model, tokenizer, prompts):
-    tokenizer.chat_template = None
-    with pytest.raises(UserError, match="no chat template"):
-        require_chat_template(tokenizer)
-    with pytest.raises(UserError, match="no chat template"):
-        ask(model, tokenizer, prompts)
 
 
 def test_a_prompt_too_long_for_the_model_is_said_not_cut(model, tokenizer):

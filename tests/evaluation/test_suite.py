@@ -19,9 +19,10 @@ def scripted(monkeypatch):
     """Replies by rule, so that every figure can be worked out by hand; records each text asked."""
     asked: list[str] = []
 
-    def reply(model, tokenizer, prompts, *, max_new_tokens, batch_size, label):
-        asked.extend(prompts)
-        return [Reply.written(answer(text)) for text in prompts]
+    def reply(model, chat, prompts, *, max_new_tokens, batch_size, label):
+        texts = [prompt.text for prompt in prompts]
+        asked.extend(texts)
+        return [Reply.written(answer(text)) for text in texts]
 
     def answer(text: str) -> str:
         if "w52" in text:  # the unseen wrapper: works half the time, and once cannot be read
@@ -45,8 +46,8 @@ def make(data):
     return made
 
 
-def test_the_metrics_are_those_of_evaluation_json(make, corpus, model, tokenizer):
-    measured = make(corpus, capability=True).measure(model, tokenizer)
+def test_the_metrics_are_those_of_evaluation_json(make, corpus, model, chat):
+    measured = make(corpus, capability=True).measure(model, chat)
     assert set(measured.metrics) == {
         "asr", "asr_seen", "asr_unseen", "asr_robust", "harmful_refusal", "over_refusal", "benign_compliance",
         "benign_wrapped_compliance", "benign_wrapped_by_role", "degenerate", "capability",
@@ -147,8 +148,8 @@ def test_a_figure_whose_prompts_are_not_in_the_recipe_is_left_out(make, corpus, 
     assert suite.attacks is ({"harmful", "jailbreaks"} <= parts)
 
 
-def test_capability_alone_is_measured_alone(make, corpus, data, model, tokenizer):
-    measured = make(*only(set(), data, corpus), capability=True).measure(model, tokenizer)
+def test_capability_alone_is_measured_alone(make, corpus, data, model, chat):
+    measured = make(*only(set(), data, corpus), capability=True).measure(model, chat)
     assert set(measured.metrics) == {"capability"} and set(measured.metrics["capability"]) == {"sums", "words"}
     assert measured.verdicts == []
 
@@ -190,7 +191,7 @@ def test_every_reply_is_judged_with_its_question_in_view(corpus, data, scripted)
     seen: list[tuple[str, str]] = []
 
     def judge(prompts, replies):
-        seen.extend(zip(prompts, (reply.text for reply in replies), strict=True))
+        seen.extend(zip((prompt.text for prompt in prompts), (reply.text for reply in replies), strict=True))
         return ["refused"] * len(replies)
 
     Suite(corpus, judge, EvaluateSection(), data, capability=False).measure(None, None)

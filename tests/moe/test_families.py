@@ -19,9 +19,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from data_prep.schema import Conversation
 from tests.moe import backbone_table
 from tests.moe.families import FAMILIES, LLAMA4, NUM_EXPERTS, TOP_K, Family, llama4
-from tests.tiny import tiny_tokenizer, token_ids
+from tests.tiny import tiny_chat, tiny_tokenizer, token_ids
 from trainer.model.reply import Reply
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet, Member
@@ -37,10 +38,14 @@ from trainer.training.repair import TrainingRow, repair_experts
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
 
 REFUSAL, ANSWER = Reply.written("w50 w51 w52"), Reply.written("w30 w31 w32 w33")
-REPAIR_ROWS = [TrainingRow(f"w{i} w{i + 1} w{i + 2}", REFUSAL, "repair", "jailbreak") for i in range(8)] + [
-    TrainingRow(f"w{i + 20}", Reply.written(f"w{i + 30} w{i + 31}"), "retain", "plain benign") for i in range(8)
+said, wrote = Conversation.of, Reply.written
+REPAIR_ROWS = [
+    *(TrainingRow(said(f"w{i} w{i + 1} w{i + 2}"), REFUSAL, "repair", "jailbreak") for i in range(8)),
+    *(TrainingRow(said(f"w{i + 20}"), wrote(f"w{i + 30} w{i + 31}"), "retain", "plain benign") for i in range(8)),
 ]
-CONSISTENCY_ROWS = [ConsistencyRow(f"w{i}", f"w40 w41 w{i} w42", REFUSAL, f"w{i + 20} w3", ANSWER) for i in range(8)]
+CONSISTENCY_ROWS = [
+    ConsistencyRow(said(f"w{i}"), said(f"w40 w41 w{i} w42"), REFUSAL, said(f"w{i + 20} w3"), ANSWER) for i in range(8)
+]
 ONE_STEP = {
     "max_steps": 1,
     "per_device_train_batch_size": 16,
@@ -212,7 +217,7 @@ def test_a_repair_step_moves_the_critical_experts_and_nothing_else(
     model = split(family)
     before = family.build().state_dict()
     section = RepairSection(routing="replay", **ONE_STEP)
-    result = repair_experts(model, tiny_tokenizer(), REPAIR_ROWS, section, tmp_path, 0)
+    result = repair_experts(model, tiny_chat(), REPAIR_ROWS, section, tmp_path, 0)
     assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in result.log if "loss" in entry)
     model.fuse()
     assert changed_experts(before, model.model) == model.expert_set.pairs
@@ -226,7 +231,7 @@ def test_a_consistency_step_moves_the_routers_and_nothing_else(
     model = split(family)
     before = snapshot(model.model)
     section = ConsistencySection(**ONE_STEP)
-    make_routing_consistent(model, tiny_tokenizer(), CONSISTENCY_ROWS, section, tmp_path, 0)
+    make_routing_consistent(model, tiny_chat(), CONSISTENCY_ROWS, section, tmp_path, 0)
     after = model.model.state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     routers = model.backbone.router_parameters()
@@ -246,7 +251,7 @@ def test_a_16_bit_model_keeps_its_fp32_selection_biases_and_every_type(family: F
     assert {layer.scoring.family for layer in backbone} == {family.scoring}
     trained = SplitModel(backbone, critical_experts(backbone))
     section = ConsistencySection(**ONE_STEP)
-    make_routing_consistent(trained, tiny_tokenizer(), CONSISTENCY_ROWS, section, tmp_path, 0)
+    make_routing_consistent(trained, tiny_chat(), CONSISTENCY_ROWS, section, tmp_path, 0)
     trained.fuse()
     after = model.state_dict()
     assert {name: t.dtype for name, t in after.items()} == {name: t.dtype for name, t in before.items()}
@@ -274,7 +279,7 @@ def test_the_shared_experts_of_a_set_train_and_no_others(
     trained = SplitModel(backbone, chosen, lora_rank=4)
     assert {p.dtype for p in trained.trainable().values()} == {torch.float32}
     section = RepairSection(**{**ONE_STEP, "max_steps": 2})
-    repair_experts(trained, tiny_tokenizer(), REPAIR_ROWS, section, tmp_path, 0)
+    repair_experts(trained, tiny_chat(), REPAIR_ROWS, section, tmp_path, 0)
     repaired = logits_of(model)
     assert not torch.equal(repaired, expected)
     with trained.original() as original:

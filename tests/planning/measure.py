@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM, set_seed
 
-from tests.tiny import tiny_model, tiny_tokenizer
+from data_prep.schema import Conversation
+from tests.tiny import tiny_chat, tiny_model
 from trainer.engines import memory as engines
 from trainer.engines.engine import engine
 from trainer.methods.rasa.plan import critical, planned
@@ -70,7 +71,9 @@ def rows(number: int, length: int) -> list[TrainingRow]:
     """Half of them to retain. Their lengths differ, and an early response makes logits of almost all positions."""
     texts = [" ".join(f"w{(i * j) % 56}" for j in range(1, length - 5 - i % 3)) for i in range(number)]
     streams: list[Stream] = ["repair", "retain"]
-    return [TrainingRow("w1", Reply.written(text), streams[i % 2], "x") for i, text in enumerate(texts)]
+    return [
+        TrainingRow(Conversation.of("w1"), Reply.written(text), streams[i % 2], "x") for i, text in enumerate(texts)
+    ]
 
 
 def held(case: set[str], model: Any, made: RasaRecipe) -> TrainableModel:
@@ -88,7 +91,7 @@ def held(case: set[str], model: Any, made: RasaRecipe) -> TrainableModel:
 def stage(trained: TrainableModel, made: RasaRecipe, length: int) -> None:
     section = made.repair.model_copy(update={"max_length": length})
     with tempfile.TemporaryDirectory() as folder:
-        repair_experts(trained, tiny_tokenizer(), rows(8 * ROWS, length), section, Path(folder), seed=0)
+        repair_experts(trained, tiny_chat(), rows(8 * ROWS, length), section, Path(folder), seed=0)
 
 
 def resident() -> int:

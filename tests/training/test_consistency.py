@@ -7,9 +7,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from tests.tiny import FAMILIES, tiny_tokenizer, token_ids
+from data_prep.schema import Conversation
+from tests.tiny import FAMILIES, tiny_chat, token_ids
 from tests.training.test_repair import split
-from trainer.model.chat import encode, pad
+from trainer.model.chat import pad
 from trainer.model.reply import Reply
 from trainer.moe.routing import record
 from trainer.recipe.sections import ConsistencySection
@@ -22,14 +23,23 @@ from trainer.training.consistency import (
 from trainer.training.loop import StageResult
 
 REFUSAL, ANSWER = Reply.written("w50 w51 w52"), Reply.written("w30 w31 w32 w33")
-ROWS = [ConsistencyRow(f"w{i}", f"w40 w41 w{i} w42", REFUSAL, f"w{i + 20} w3", ANSWER) for i in range(8)]
+ROWS = [
+    ConsistencyRow(
+        Conversation.of(f"w{i}"),
+        Conversation.of(f"w40 w41 w{i} w42"),
+        REFUSAL,
+        Conversation.of(f"w{i + 20} w3"),
+        ANSWER,
+    )
+    for i in range(8)
+]
 FAST = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
 
 
 def train(trained: Any, folder: Path, arguments: dict[str, Any] | None = None, **keys: Any) -> StageResult:
     """The stage with keys of the recipe's section, the trainer's own in `arguments`."""
     section = ConsistencySection(**FAST | (arguments or {}), **keys)
-    return make_routing_consistent(trained, tiny_tokenizer(), ROWS, section, folder, 0)
+    return make_routing_consistent(trained, tiny_chat(), ROWS, section, folder, 0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -54,12 +64,12 @@ def test_the_divergence_falls(position: str, direction: str, target: str, tmp_pa
 
 
 def test_the_loss_is_the_masked_per_pair_mean_done_by_hand(tmp_path: Path) -> None:
-    trained, tokenizer = split(), tiny_tokenizer()
+    trained = split()
     by_hand = []
     for row in ROWS:
         traces = []
         for prompt in (row.anchor_prompt, row.adversarial_prompt):
-            turn = encode(tokenizer, prompt, row.refusal)
+            turn = tiny_chat().encode(prompt, row.refusal)
             with torch.no_grad(), record(trained.backbone) as trace:
                 trained.model(torch.tensor([turn.ids]))
             traces.append({i: t[turn.prompt :].log_softmax(-1) for i, t in trace.logits_TE.items()})
@@ -75,7 +85,7 @@ def test_the_benign_stream_holds_harmless_routing_in_place(tmp_path: Path) -> No
     def drift(weight: float) -> float:
         trained = split()
         train(trained, tmp_path, {"max_steps": 25}, benign_weight=weight)
-        batch = pad([encode(tiny_tokenizer(), row.benign_prompt, row.benign_reply) for row in ROWS], 0)
+        batch = pad([tiny_chat().encode(row.benign_prompt, row.benign_reply) for row in ROWS], 0)
         with torch.no_grad(), record(trained.backbone) as now:
             trained.model(batch.input_ids_BS, attention_mask=batch.attention_mask_BS)
         with trained.original() as original, record(original) as before:
@@ -150,7 +160,7 @@ def test_reentrant_checkpointing_is_never_used(tmp_path: Path) -> None:
     unchecked = ConsistencySection(**FAST).model_copy(update=arguments)
     plain, checkpointed = split(), split()
     train(plain, tmp_path)
-    make_routing_consistent(checkpointed, tiny_tokenizer(), ROWS, unchecked, tmp_path, 0)
+    make_routing_consistent(checkpointed, tiny_chat(), ROWS, unchecked, tmp_path, 0)
     for name, value in plain.backbone.router_parameters().items():
         torch.testing.assert_close(checkpointed.backbone.router_parameters()[name], value, atol=1e-5, rtol=1e-4)
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny import tiny_model, tiny_tokenizer
+from data_prep.schema import Conversation
+from tests.tiny import tiny_chat, tiny_model
 from trainer.model.reply import Reply
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet, Member
@@ -19,7 +20,8 @@ from trainer.training.repair import ExpertRepairTrainer, TrainingRow, repair_exp
 pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
 
 ROWS = [
-    TrainingRow(f"w{i} w{i + 1} w{i + 2}", Reply.written(f"w{i + 3} w5"), "repair", "jailbreak") for i in range(16)
+    TrainingRow(Conversation.of(f"w{i} w{i + 1} w{i + 2}"), Reply.written(f"w{i + 3} w5"), "repair", "jailbreak")
+    for i in range(16)
 ]
 SETTINGS: dict[str, Any] = {
     "max_steps": 6,
@@ -41,7 +43,7 @@ def split() -> SplitModel:
 
 def repair(model: SplitModel, folder: Path, optim: str) -> dict[str, torch.Tensor]:
     section = RepairSection(**SETTINGS, optim=optim)
-    repair_experts(model, tiny_tokenizer(), ROWS, section, folder, 0, "same")
+    repair_experts(model, tiny_chat(), ROWS, section, folder, 0, "same")
     return model.state_dict()
 
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from data_prep.errors import UserError
-from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
-from trainer.model.chat import encode
+from data_prep.schema import Conversation
+from tests.tiny import FAMILIES, tiny_chat, tiny_model
 from trainer.model.reply import Reply
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet, Member
@@ -23,7 +23,7 @@ from trainer.training.repair import ExpertRepairTrainer, Stream, TrainingRow, re
 
 
 def row(prompt: str, reply: str, stream: Stream = "repair", source: str = "x") -> TrainingRow:
-    return TrainingRow(prompt, Reply.written(reply), stream, source)
+    return TrainingRow(Conversation.of(prompt), Reply.written(reply), stream, source)
 
 
 ROWS = [row(f"w{i} w{i + 1} w{i + 2}", "w50 w51 w52", "repair", "jailbreak") for i in range(8)] + [
@@ -42,7 +42,7 @@ def split(family: str = "olmoe", **kwargs: Any) -> SplitModel:
 def train(trained: TrainableModel, folder: Path, rows: list[TrainingRow] = ROWS, seed: int = 0, **keys: Any) -> Any:
     """The stage with keys of the recipe's section, the trainer's own under `arguments`."""
     section = RepairSection(**{**FAST, **keys.pop("arguments", {})}, **keys)
-    return repair_experts(trained, tiny_tokenizer(), rows, section, folder, seed)
+    return repair_experts(trained, tiny_chat(), rows, section, folder, seed)
 
 
 def moved(before: dict[str, torch.Tensor], model: torch.nn.Module) -> set[str]:
@@ -79,10 +79,10 @@ def test_gates_move_only_when_asked(tmp_path: Path) -> None:
 def test_the_loss_is_the_response_only_row_mean_of_cross_entropy(tmp_path: Path) -> None:
     """Prompt and padding tokens add nothing; a long reply weighs as much as a short one."""
     rows = [row("w1 w2 w3 w4", "w50"), row("w5", "w51 w52 w53 w54 w55")]
-    model, tokenizer = tiny_model(), tiny_tokenizer()
+    model = tiny_model()
     by_hand = []
     for given in rows:
-        turn = encode(tokenizer, given.prompt, given.reply)
+        turn = tiny_chat().encode(given.prompt, given.reply)
         ids = torch.tensor([turn.ids])
         logits = model(ids).logits[0, turn.prompt - 1 : -1]
         by_hand.append(F.cross_entropy(logits, ids[0, turn.prompt :]).item())
@@ -104,7 +104,7 @@ def test_retaining_keeps_the_model_closer_to_the_original(tmp_path: Path) -> Non
     def drift(weight: float) -> float:
         trained = split()
         train(trained, tmp_path, retain_weight=weight, arguments={"max_steps": 30})
-        ids = torch.tensor([encode(tiny_tokenizer(), "w20", Reply.written("w30 w31")).ids])
+        ids = torch.tensor([tiny_chat().encode(Conversation.of("w20"), Reply.written("w30 w31")).ids])
         with trained.original() as original:
             reference = original.model(ids).logits.log_softmax(-1)
         return (reference.exp() * (reference - trained.model(ids).logits.log_softmax(-1))).sum().item()
@@ -114,7 +114,7 @@ def test_retaining_keeps_the_model_closer_to_the_original(tmp_path: Path) -> Non
 
 def test_the_first_token_weight_adds_the_loss_of_the_first_response_token(tmp_path: Path) -> None:
     rows = [row("w1 w2", "w50 w51 w52")] * 2
-    turn = encode(tiny_tokenizer(), "w1 w2", rows[0].reply)
+    turn = tiny_chat().encode(Conversation.of("w1 w2"), rows[0].reply)
     logits = tiny_model()(torch.tensor([turn.ids])).logits[0, turn.prompt - 1]
     first = F.cross_entropy(logits[None], torch.tensor([turn.ids[turn.prompt]])).item()
     one_step = {"max_steps": 1, "logging_steps": 1}

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from data_prep.schema import Conversation
 from tests.moe.test_experts import split as split_family
-from tests.tiny import tiny_tokenizer
+from tests.tiny import tiny_chat
 from trainer.model.reply import Reply
 from trainer.moe.experts import SplitModel
 from trainer.recipe.sections import ConsistencySection, RepairSection
@@ -23,11 +24,18 @@ from trainer.training.consistency import ConsistencyRow, make_routing_consistent
 from trainer.training.repair import TrainingRow, repair_experts
 
 ROWS = [
-    TrainingRow(f"w{i} w{i + 1}", Reply.written(f"w{i + 20} w3"), "retain" if i % 2 else "repair", "x")
+    TrainingRow(
+        Conversation.of(f"w{i} w{i + 1}"), Reply.written(f"w{i + 20} w3"), "retain" if i % 2 else "repair", "x"
+    )
     for i in range(20)
 ]
 REFUSAL, ANSWER = Reply.written("w50 w51"), Reply.written("w30 w31")
-PAIRS = [ConsistencyRow(f"w{i}", f"w40 w{i} w42", REFUSAL, f"w{i + 20} w3", ANSWER) for i in range(20)]
+PAIRS = [
+    ConsistencyRow(
+        Conversation.of(f"w{i}"), Conversation.of(f"w40 w{i} w42"), REFUSAL, Conversation.of(f"w{i + 20} w3"), ANSWER
+    )
+    for i in range(20)
+]
 FAST = {"max_steps": 6, "save_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
 
 
@@ -43,8 +51,8 @@ class Killed(Exception):
 def run(trained: SplitModel, folder: Path, stage: str, inputs: str = "a", **keys: Any) -> list[dict[str, float]]:
     if stage == "consistency":
         section = ConsistencySection(**FAST)
-        return make_routing_consistent(trained, tiny_tokenizer(), PAIRS, section, folder, 0, inputs).log
-    return repair_experts(trained, tiny_tokenizer(), ROWS, RepairSection(**FAST, **keys), folder, 0, inputs).log
+        return make_routing_consistent(trained, tiny_chat(), PAIRS, section, folder, 0, inputs).log
+    return repair_experts(trained, tiny_chat(), ROWS, RepairSection(**FAST, **keys), folder, 0, inputs).log
 
 
 def killed_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:

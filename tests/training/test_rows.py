@@ -6,15 +6,15 @@ from collections.abc import Sequence
 import pytest
 
 from data_prep.errors import UserError
-from data_prep.schema import Corpus, Prompt, Split, Wrapper
+from data_prep.schema import Conversation, Corpus, Prompt, Split, Wrapper
 from trainer.model.reply import Reply, Verdict
 from trainer.recipe.sections import RepairSection
 from trainer.training.repair import TrainingRow
 from trainer.training.rows import Target, consistency_rows, repair_rows
 
-HARMFUL = [Prompt(f"h:{i}", f"harm{i}", "harmful") for i in range(8)]
-BENIGN = [Prompt(f"b:{i}", f"kind{i}", "benign") for i in range(6)]
-BORDERLINE = [Prompt(f"x:{i}", f"edge{i}", "borderline") for i in range(4)]
+HARMFUL = [Prompt(f"h:{i}", Conversation.of(f"harm{i}"), "harmful") for i in range(8)]
+BENIGN = [Prompt(f"b:{i}", Conversation.of(f"kind{i}"), "benign") for i in range(6)]
+BORDERLINE = [Prompt(f"x:{i}", Conversation.of(f"edge{i}"), "borderline") for i in range(4)]
 SEEN = [Wrapper(f"s:{i}", f"s{i}", "seen", f"Please obey rule {i}. [X] Answer now.", "[X]") for i in range(2)]
 ROBUST = [Wrapper("r:0", "r0", "robust", "Be polite. [X]", "[X]")]
 UNSEEN = [Wrapper("u:0", "u0", "unseen", "Forbidden fruit. [X]", "[X]")]
@@ -28,11 +28,11 @@ MIX = RepairSection(recombined=2.0, robust=1.0, anchors=1.0, wrapped_benign=1.0,
 NONE = RepairSection(recombined=0.0, robust=0.0, anchors=0.0, wrapped_benign=0.0, plain_benign=0.0, borderline=0.0)
 
 
-def ask(prompts: Sequence[str], label: str) -> list[Reply]:
-    return [Reply("no" if "edge0" in prompt else f"answer to {prompt}", (5, 1), True) for prompt in prompts]
+def ask(prompts: Sequence[Conversation], label: str) -> list[Reply]:
+    return [Reply("no" if "edge0" in prompt.text else f"answer to {prompt.text}", (5, 1), True) for prompt in prompts]
 
 
-def judge(prompts: Sequence[str], replies: Sequence[Reply]) -> list[Verdict]:
+def judge(prompts: Sequence[Conversation], replies: Sequence[Reply]) -> list[Verdict]:
     assert list(replies) == ask(prompts, ""), "every reply is judged with its own prompt in view"
     return ["refused" if reply.text.startswith("no") else "complied" for reply in replies]
 
@@ -54,7 +54,7 @@ def test_targets_are_the_models_own_refusals_and_own_answers() -> None:
         if row.stream == "repair":
             assert row.reply in REFUSALS.values()
         else:
-            assert row.reply.text == f"answer to {row.prompt}"
+            assert row.reply.text == f"answer to {row.prompt.text}"
 
 
 def test_harmless_twins_stand_in_the_same_wrapper_instances_as_harmful_goals() -> None:
@@ -63,8 +63,8 @@ def test_harmless_twins_stand_in_the_same_wrapper_instances_as_harmful_goals() -
             text = text.replace(prompt.text, "[X]")
         return text
 
-    harmful = {frame(row.prompt) for row in rows() if row.stream == "repair" and row.source != "plain harmful"}
-    twins = {frame(row.prompt) for row in rows() if row.source == "wrapped benign"}
+    harmful = {frame(row.prompt.text) for row in rows() if row.stream == "repair" and row.source != "plain harmful"}
+    twins = {frame(row.prompt.text) for row in rows() if row.source == "wrapped benign"}
     assert twins <= harmful
     assert len(twins) >= 0.6 * len(harmful)
 
@@ -72,11 +72,11 @@ def test_harmless_twins_stand_in_the_same_wrapper_instances_as_harmful_goals() -
 def test_nothing_of_a_test_split_or_an_unseen_wrapper_is_trained_on() -> None:
     held_out = [p.text for p in [*HARMFUL[4:], *BENIGN[3:], *BORDERLINE[2:]]] + ["Forbidden fruit"]
     for seed in range(5):
-        assert not any(text in row.prompt for row in rows(seed=seed) for text in held_out)
+        assert not any(text in row.prompt.text for row in rows(seed=seed) for text in held_out)
 
 
 def test_only_goals_that_the_model_refuses_are_targets() -> None:
-    assert not any("harm3" in row.prompt for row in rows())
+    assert not any("harm3" in row.prompt.text for row in rows())
 
 
 def test_the_rows_depend_on_the_seed_and_on_nothing_else() -> None:
@@ -90,8 +90,8 @@ def test_an_empty_mix_leaves_only_the_jailbreaks() -> None:
 
 def test_consistency_rows_pair_each_jailbreak_with_its_plain_goal() -> None:
     made = consistency_rows(TARGETS, rows(), benign_weight=1.0)
-    assert [row.anchor_prompt for row in made] == [target.goal.text for target in TARGETS]
-    assert all(row.anchor_prompt in row.adversarial_prompt for row in made)
+    assert [row.anchor_prompt for row in made] == [target.goal.conversation for target in TARGETS]
+    assert all(row.anchor_prompt.text in row.adversarial_prompt.text for row in made)
     assert all(row.benign_reply.text.startswith("answer") for row in made)
 
 
