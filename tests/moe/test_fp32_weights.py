@@ -14,7 +14,7 @@ from trainer.moe.trainable import WholeModel
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
 @torch.no_grad()
 def test_a_whole_16_bit_model_held_in_fp32_computes_the_same_bits_and_gets_its_types_back(family: Family) -> None:
-    """Tied heads, convolutions that another module reads, parameters beside submodules, tensors that are fp32 anyway."""
+    """Convolutions that another module reads, parameters beside submodules, tensors that are fp32 anyway."""
     model, ids = family.build().bfloat16(), token_ids(rows=2)
     kept = [p for name, p in model.named_parameters() if name.endswith("norm.weight")][:1]
     for parameter in kept:

@@ -104,7 +104,7 @@ def test_intervals_sizes_and_changes_are_written_beside_the_rates(finished):
 
 
 def test_what_each_stage_was_given_and_did_is_shown_and_a_stage_without_effect_is_called_that(finished):
-    text, page = read_page(finished / "report.html")
+    _, page = read_page(finished / "report.html")
     words = " ".join(" ".join(page.text).split())
     assert "repair-1 0.0280 \u2192 0.0254 0.0280 \u2192 0.0254 0.0280 \u2192 0.0254 yes" in words
     assert "0.0254 NONE" in words
