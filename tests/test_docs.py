@@ -31,6 +31,7 @@ RATE = {"rate", "n", "ci95", "unjudged"}
 RASA = {
     *("router_restore_gap", "topk_flip_rate", "drift_per_layer", "layer", "flip_rate", "kl"),
     *("experts_changed", "experts_total", "shared_experts_changed", "gate_weights_changed", "untouched_identical"),
+    *("stages", "stage", "kind", "routing_gap", "refusal_loss", "works_on", "acted", "before", "after"),
     *("random_control", "steering_baseline"),
 }
 STEERMOE = {

@@ -24,6 +24,7 @@ CASES = [
     "shared",
     "shared_bf16",
     "loaded",
+    "whole_bf16",
 ]
 FAST = ["zero3", "fsdp2"]
 SLOW = ["ddp", "zero1", "zero2", "zero3-offload"]
@@ -72,7 +73,7 @@ def test_losses_and_weights_equal_those_of_one_process(ran: Ran, engine: str, ca
 
 
 @pytest.mark.parametrize("engine", ALL)
-@pytest.mark.parametrize("case", ["bf16", "shared_bf16"])
+@pytest.mark.parametrize("case", ["bf16", "shared_bf16", "whole_bf16"])
 def test_a_16_bit_model_trains_to_the_same_weights_up_to_its_precision(ran: Ran, engine: str, case: str) -> None:
     weights, expected = (load_file(ran(name) / f"{case}.safetensors") for name in (engine, "single"))
     assert distance(weights, expected) < 2e-2

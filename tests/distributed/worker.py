@@ -185,6 +185,11 @@ def case_whole(folder: Path) -> tuple[TrainableModel, list[dict[str, float]]]:
     return model, repair(model, folder)
 
 
+def case_whole_bf16(folder: Path) -> tuple[TrainableModel, list[dict[str, float]]]:
+    model = trained(full=True, dtype=torch.bfloat16)
+    return model, repair(model, folder) + consistency(model, folder)
+
+
 def inference(out: Path) -> None:
     """Activation counts and replies, whose batches are dealt to the processes."""
     backbone = Backbone.of(tiny_model()).check()

@@ -83,6 +83,33 @@ def test_only_softmax_families_are_called_shift_invariant_and_are(family: Family
         assert layer.scoring.shift_invariant is family.scoring.startswith("softmax")
 
 
+@each_family
+def test_a_shift_of_all_logits_counts_where_it_changes_the_familys_own_weights(family: Family) -> None:
+    for layer in Backbone.of(family.build()).check():
+        logits_TE = 2.0 * torch.randn(64, 8)
+        index_TK = logits_TE.topk(2).indices
+        there, shifted = (layer.scoring.weights(logits_TE + shift, index_TK) for shift in (0.0, 4.0))
+        p_TE, q_TE = (layer.log_distribution(logits_TE + shift) for shift in (0.0, 4.0))
+        torch.testing.assert_close(p_TE.exp().sum(-1), torch.ones(64))
+        kl = (p_TE.exp() * (p_TE - q_TE)).sum(-1).mean().item()
+        assert (kl > 1e-3) is ((there - shifted).abs().max().item() > 1e-3)
+        assert (kl > 1e-3) is (not family.scoring.startswith("softmax"))
+
+
+@each_family
+def test_the_distribution_of_all_experts_gives_the_chosen_ones_their_relative_weights(family: Family) -> None:
+    for layer in Backbone.of(family.build()).check():
+        logits_TE = 2.0 * torch.randn(64, 8)
+        index_TK = logits_TE.topk(2).indices
+        weights_TK = Scoring(layer.scoring.family, 1.0, layer.scoring.constant).weights(logits_TE, index_TK)
+        share_TK = layer.log_distribution(logits_TE).exp().gather(-1, index_TK)
+        ratio = [t[:, 0] / t.sum(-1) for t in (weights_TK, share_TK)]
+        if family.scoring == "sparsemixer":  # a slot's weight is of its own band, not of a common sum
+            assert (share_TK.sum(-1) > 0.5).all()
+        else:
+            torch.testing.assert_close(ratio[1], ratio[0])
+
+
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10_000), jitter=st.floats(0.005, 0.5), spread=st.floats(0.1, 4.0))
 def test_sparsemixer_is_the_one_of_transformers_in_evaluation(seed: int, jitter: float, spread: float) -> None:

@@ -38,6 +38,11 @@ def metrics(repaired: bool) -> dict[str, Any]:
     }
 
 
+def effect(stage: str, works_on: str, acted: bool) -> dict[str, Any]:
+    figures = {name: {"before": 0.028, "after": 0.0254} for name in ("routing_gap", "flip_rate", "refusal_loss")}
+    return {"stage": stage, "kind": stage[:-2], **figures, "works_on": works_on, "acted": acted}
+
+
 def evaluation() -> dict[str, Any]:
     return {
         "before": metrics(False),
@@ -50,6 +55,10 @@ def evaluation() -> dict[str, Any]:
             "experts_total": 192,
             "untouched_identical": True,
             "random_control": {"asr": {}, "asr_seen": rate(90, 200), "asr_unseen": rate(36, 100)},
+            "stages": [
+                effect("repair-1", "refusal_loss", acted=True),
+                effect("consistency-1", "routing_gap", acted=False),
+            ],
             "drift_per_layer": [
                 {"layer": layer, "flip_rate": 0.03 + 0.02 * layer, "kl": 0.004 * layer} for layer in range(6)
             ],
@@ -111,6 +120,8 @@ def made(folder: Path) -> Path:
         (stage / "parameters.json").write_text(
             json.dumps({"trained_parameters": 1769472, "total_parameters": 15_600_000})
         )
+    counts = {"kept": 7, "cut": 1, "unfinished": 2, "dropped": {"answered with a refusal": 9}}
+    (stages[0] / "rows.json").write_text(json.dumps({"wrapped benign": counts}))
     audit = {"untouched_identical": True, "moved_outside": [], "reload_ok": True, "reload_max_logit_difference": 0.0}
     (folder / "audit.json").write_text(json.dumps(audit))
     return folder

@@ -103,6 +103,16 @@ def test_intervals_sizes_and_changes_are_written_beside_the_rates(finished):
     assert "[22.8, 40.6]" in row and "\u221268.0" in row and "36.0 %" in row
 
 
+def test_what_each_stage_was_given_and_did_is_shown_and_a_stage_without_effect_is_called_that(finished):
+    _, page = read_page(finished / "report.html")
+    words = " ".join(" ".join(page.text).split())
+    assert "repair-1 0.0280 \u2192 0.0254 0.0280 \u2192 0.0254 0.0280 \u2192 0.0254 yes" in words
+    assert "0.0254 NONE" in words
+    assert "Stage consistency-1 had no effect: routing gap, kl in nats went from 0.0280 to 0.0254" in words
+    assert "1-repair-1 wrapped benign 7 1 2 9 answered with a refusal" in words
+    assert "Stage 1-repair-1 dropped 9 of 16 rows 'wrapped benign'." in words
+
+
 def test_unsafe_text_is_escaped_everywhere(finished):
     text, page = read_page(finished / "report.html")
     assert "<script" not in text

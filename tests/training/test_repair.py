@@ -18,6 +18,8 @@ from trainer.moe.experts import SplitModel
 from trainer.moe.routing import record
 from trainer.moe.trainable import TrainableModel, WholeModel
 from trainer.recipe.sections import RepairSection
+from trainer.training import repair
+from trainer.training.fitting import RowTable
 from trainer.training.loop import NonFiniteLossError
 from trainer.training.repair import ExpertRepairTrainer, Stream, TrainingRow, repair_experts
 
@@ -206,8 +208,20 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_weights_before_the_step(
 
 
 def test_prompts_longer_than_max_length_are_refused_when_none_fits(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"repair\.max_length: 3 cuts every one of the 16 prompts"):
+    said = r"repair: none of 8 rows 'jailbreak' is left \(8 prompt as long as max_length\); raise repair\.max_length"
+    with pytest.raises(UserError, match=said):
         train(split(), tmp_path, arguments={"max_length": 3})
+
+
+def test_rows_that_max_length_cuts_are_counted_and_a_cut_refusal_is_no_target(tmp_path: Path) -> None:
+    long = [row("w1", "w50 " * 7, "repair", "jailbreak"), row("w1", "w30 " * 8, "retain", "plain benign")]
+    rows = train(split(), tmp_path, [*ROWS, *long], arguments={"max_length": 9, "max_steps": 1}).rows
+    none = {"unfinished": 0}
+    assert rows["jailbreak"] == none | {"kept": 8, "cut": 0, "dropped": {"refusal cut by max_length": 1}}
+    assert rows["plain benign"] == none | {"kept": 9, "cut": 1, "dropped": {}}
+    kept = repair._dataset(tiny_chat(), [*ROWS, *long], 9, RowTable("repair"))
+    assert len(kept) == 17 and max(map(len, kept["input_ids"])) == 9
+    assert kept[16]["input_ids"][-1] != tiny_chat().tokenizer.eos_token_id, "what is cut trains no end"
 
 
 def test_full_fine_tuning_trains_everything_and_still_knows_the_original(tmp_path: Path) -> None:
@@ -218,6 +232,21 @@ def test_full_fine_tuning_trains_everything_and_still_knows_the_original(tmp_pat
     assert moved(before, whole.model) == set(dict(whole.model.named_parameters()))
     with whole.original() as original:
         assert torch.equal(original.model(torch.tensor([[5, 6, 7]])).logits, expected)
+
+
+def test_full_fine_tuning_of_a_16_bit_model_moves_as_many_weights_as_in_fp32(tmp_path: Path) -> None:
+    """Small updates are lost in 16-bit weights, so a baseline that held them would be handicapped."""
+    shares = []
+    for dtype in (torch.float32, torch.bfloat16):
+        whole = WholeModel(Backbone.of(tiny_model(dtype=dtype)).check())
+        before = whole.state_dict()
+        train(whole, tmp_path, arguments={"learning_rate": 5e-5})
+        changed = [(before[name] != t).float().mean().item() * t.numel() for name, t in whole.state_dict().items()]
+        shares.append(sum(changed) / sum(t.numel() for t in before.values()))
+        whole.fuse()
+        assert {p.dtype for p in whole.model.parameters()} == {dtype}
+    assert shares[0] > 0.5
+    assert shares[1] == pytest.approx(shares[0], rel=0.05)
 
 
 def test_two_runs_with_one_seed_end_in_the_same_bits(tmp_path: Path) -> None:

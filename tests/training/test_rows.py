@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -9,8 +10,9 @@ from data_prep.errors import UserError
 from data_prep.schema import Conversation, Corpus, Prompt, Split, Wrapper
 from trainer.model.reply import Reply, Verdict
 from trainer.recipe.sections import RepairSection
+from trainer.training.fitting import ABSENT, REFUSED
 from trainer.training.repair import TrainingRow
-from trainer.training.rows import Target, consistency_rows, repair_rows
+from trainer.training.rows import Mix, Target, consistency_rows, repair_rows
 
 HARMFUL = [Prompt(f"h:{i}", Conversation.of(f"harm{i}"), "harmful") for i in range(8)]
 BENIGN = [Prompt(f"b:{i}", Conversation.of(f"kind{i}"), "benign") for i in range(6)]
@@ -37,13 +39,17 @@ def judge(prompts: Sequence[Conversation], replies: Sequence[Reply]) -> list[Ver
     return ["refused" if reply.text.startswith("no") else "complied" for reply in replies]
 
 
+def mix(section: RepairSection = MIX, seed: int = 0, corpus: Corpus = CORPUS) -> Mix:
+    return repair_rows(TARGETS, REFUSALS, corpus, section, ask, judge, seed)
+
+
 def rows(section: RepairSection = MIX, seed: int = 0) -> list[TrainingRow]:
-    return repair_rows(TARGETS, REFUSALS, CORPUS, section, ask, judge, seed)
+    return mix(section, seed).rows
 
 
 def test_every_kind_of_row_is_there_as_often_as_the_mix_says() -> None:
     counts = Counter(row.source for row in rows() if row.stream == "repair")
-    assert counts == {"jailbreak": 3, "recombined wrapper": 6, "r0 wrapper": 3, "plain harmful": 3}
+    assert counts == {"jailbreak": 3, "recombined wrapper": 6, "robust wrapper": 3, "plain harmful": 3}
     retained = Counter(row.source for row in rows() if row.stream == "retain")
     assert retained["plain benign"] == 3
     assert retained["borderline"] <= 3, "an answer that is a refusal is dropped"
@@ -100,3 +106,21 @@ def test_a_benign_stream_without_harmless_rows_is_refused() -> None:
     with pytest.raises(UserError, match=r"consistency\.benign_weight: 1\.0 needs harmless rows"):
         consistency_rows(TARGETS, bare, benign_weight=1.0)
     assert len(consistency_rows(TARGETS, bare, benign_weight=0.0)) == 3
+
+
+def test_answers_that_are_not_retained_are_counted_by_source_and_reason() -> None:
+    made = mix()
+    kept = Counter(row.source for row in made.rows)
+    refused = {source: count for (source, reason), count in made.left_out.items() if reason == REFUSED}
+    assert kept["borderline"] + refused["borderline"] == 3
+    assert kept["wrapped benign"] + refused["wrapped benign"] == 12
+    assert sum(refused.values()) == sum(made.left_out.values()) > 0
+
+
+def test_a_kind_that_the_data_does_not_have_is_refused_or_counted() -> None:
+    with pytest.raises(
+        UserError, match=r"repair\.borderline: 1\.0 asks for 3 rows 'borderline'; nothing of the kind in"
+    ):
+        mix(corpus=replace(CORPUS, borderline=Split([], [])))
+    bare = mix(corpus=replace(CORPUS, wrappers=[*SEEN, *UNSEEN]))
+    assert bare.left_out["robust wrapper", ABSENT] == 3, "a role that data.jailbreaks may leave out"

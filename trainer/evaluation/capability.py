@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 from data_prep.errors import UserError, unknown
 from data_prep.schema import Task
 from trainer.evaluation.answers import matches, reference
-from trainer.evaluation.generation import evaluating, left_pad, reply, require_room
+from trainer.evaluation.generation import left_pad, reply, require_room
 from trainer.evaluation.metrics import Rate, from_counts, from_flags
 from trainer.model.chat import Chat
+from trainer.moe.modes import evaluating
 from trainer.moe.sharding import is_sharded
 from trainer.runtime.console import progress
 from trainer.runtime.processes import dealt, from_all_ranks

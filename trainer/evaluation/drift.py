@@ -32,6 +32,7 @@ def topk_flip_rate(indices_a_TK: Tensor, indices_b_TK: Tensor, mask_T: Tensor) -
 def routing_kl(logits_a_TE: Tensor, logits_b_TE: Tensor, mask_T: Tensor) -> float:
     """Mean over tokens of KL(softmax a || softmax b), in nats, in float32 whatever the input.
 
+    Log-probabilities are logits of themselves: given those of a family's own distribution, it is the KL of these.
     An expert that `a` rules out (logit -inf) adds nothing; one that only `b` rules out makes the result infinite.
     """
     kept_T = _checked(logits_a_TE, logits_b_TE, mask_T)

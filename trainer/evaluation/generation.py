@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from data_prep.errors import UserError
 from data_prep.schema import Conversation
 from trainer.model.chat import Chat
 from trainer.model.reply import Reply
+from trainer.moe.modes import evaluating
 from trainer.moe.sharding import is_sharded
 from trainer.runtime.console import progress
 from trainer.runtime.processes import dealt, from_all_ranks
@@ -29,18 +30,6 @@ def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -
         ids_BT[index, width - len(row) :] = torch.tensor(row, dtype=torch.long)
         mask_BT[index, width - len(row) :] = 1
     return ids_BT.to(device), mask_BT.to(device)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module in eval mode, and each back to its own former mode afterwards (also after an error)."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @torch.no_grad()

@@ -74,6 +74,8 @@ class Chat:
         which is what generation produces.
         """
         tokenizer, opening = self.tokenizer, self.opening(conversation)
+        if reply.ids is not None:
+            return ChatTurn([*opening, *reply.ids], len(opening))
         messages = [*conversation.messages(), {"role": "assistant", "content": reply.text}]
         whole = tokenizer.apply_chat_template(messages, return_dict=False)
         if whole[: len(opening)] != opening:

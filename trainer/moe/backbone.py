@@ -69,6 +69,12 @@ class MoELayer:
         named = self.shared.named_parameters() if self.shared is not None else ()
         return {f"{self.shared_name}.{name}": parameter for name, parameter in named}
 
+    def log_distribution(self, logits_TE: Tensor, temperature: float = 1.0) -> Tensor:
+        """Log-probabilities [T, E] (fp32) of the routing, as `Scoring` says; softmax's of an unknown family."""
+        if self.scoring is None:
+            return (logits_TE.float() / temperature).log_softmax(-1)
+        return self.scoring.log_distribution(logits_TE, temperature)
+
     def read(self, output: RouterOutput) -> RouterOutput:
         """A router's raw output as (logits, top-k weights, top-k index); only gemma4's differs from its raw one."""
         first_TE, weights_TK, index_TK = output

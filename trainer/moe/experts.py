@@ -24,6 +24,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 from trainer.moe.backbone import Backbone, expert_tensor_names
 from trainer.moe.expert_set import ExpertSet
 from trainer.moe.fp32_weights import Fp32Weights
+from trainer.moe.modes import evaluating
 from trainer.moe.sharding import assign, gathered, whole
 
 FusedExperts = Any
@@ -159,7 +160,7 @@ class SplitModel:
         if any(hasattr(layer.experts, CHILD) for layer in backbone):
             raise ValueError("the model is split already; fuse it first")
         self.backbone, self.model, self.expert_set = backbone, backbone.model, expert_set
-        self.lora_rank = lora_rank
+        self.lora_rank, self.is_original, self.dtype = lora_rank, True, self.model.dtype
         self._former_implementation = self.model.config._experts_implementation
         self.model.requires_grad_(False)
         for index, experts in expert_set.by_layer().items():
@@ -239,15 +240,13 @@ class SplitModel:
         split = [experts_module for experts_module, _ in self._split_layers()] if experts else []
         for module in split:
             module.split_enabled = False
-        was_training = self.model.training
-        self.model.eval()  # the original is a reference: no dropout, no router jitter
         former_shared = self._shared.original() if experts else nullcontext()
         former_routers = self._routers.original() if routers else nullcontext()
         try:
-            with torch.no_grad(), former_shared, former_routers:
+            # The original is a reference: no dropout, no router jitter.
+            with torch.no_grad(), evaluating(self.model), former_shared, former_routers:
                 yield self.backbone
         finally:
-            self.model.train(was_training)
             for module in split:
                 module.split_enabled = True
 
@@ -262,6 +261,7 @@ class SplitModel:
         Raises:
             ValueError: names or shapes differ from this split.
         """
+        self.is_original = False
         mine = {**self.trainable(), **self.backbone.router_parameters()}
         if set(mine) != set(state):
             raise ValueError(f"saved state is of another split: {sorted(set(mine) ^ set(state))[:4]} ... differ")

@@ -23,18 +23,23 @@ class Fp32Weights:
     `originals`: name -> a copy with the original weights, outside of the model.
 
     ZeRO-3 gathers a parameter for the module that holds it, so a module whose children hold parameters is given as
-    these children; a router computes with its own.
+    these children; a router computes with its own. A module inside another one that is given too casts its own.
+
+    Args:
+        originals: the copies, where somebody holds them already; they have the model's own types.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module]):
+    def __init__(self, modules: Mapping[str, nn.Module], originals: Mapping[str, nn.Module] | None = None):
         self._modules = dict(modules)
-        self.originals = {name: _twin(module) for name, module in self._modules.items()}
+        self.originals = dict(originals or {name: _twin(module) for name, module in self._modules.items()})
+        given = {id(module) for module in self._modules.values()}
         for name, module in self._modules.items():
-            if any(torch.finfo(parameter.dtype).bits < 32 for parameter in module.parameters()):
+            # Asked of the original: a tied head's weight is in fp32 already when its turn comes.
+            if any(torch.finfo(parameter.dtype).bits < 32 for parameter in self.originals[name].parameters()):
                 # Parameters alone: a selection bias among the buffers has a type of its own.
                 for parameter in module.parameters():
                     parameter.data = parameter.data.float()
-                self._set_forward(name, _cast_forward(module, self.originals[name]))
+                self._set_forward(name, _cast_forward(module, self.originals[name], given - {id(module)}))
 
     def _set_forward(self, name: str, forward: Callable[..., Any]) -> None:
         setattr(self._modules[name], "forward", forward)  # noqa: B010 - mypy refuses the plain assignment
@@ -76,14 +81,18 @@ def _twin(module: nn.Module) -> nn.Module:
     return twin.eval().requires_grad_(False)
 
 
-def _cast_forward(module: nn.Module, original: nn.Module) -> Callable[..., Any]:
-    """The module's own forward with its parameters cast to the original's types; gradients reach the uncast ones."""
+def _cast_forward(module: nn.Module, original: nn.Module, others: set[int]) -> Callable[..., Any]:
+    """The module's own forward with its parameters cast to the original's types; gradients reach the uncast ones.
+
+    `others`: ids of modules that cast their own parameters.
+    """
     dtypes = {name: parameter.dtype for name, parameter in original.named_parameters()}
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         held = [
             (inner._parameters, own, parameter, dtypes[f"{prefix}.{own}" if prefix else own])
             for prefix, inner in module.named_modules()
+            if id(inner) not in others
             for own, parameter in inner._parameters.items()
             if parameter is not None
         ]

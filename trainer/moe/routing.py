@@ -113,6 +113,11 @@ def pin(backbone: Backbone, index_TK: dict[int, Tensor]) -> Iterator[None]:
             handle.remove()
 
 
+def log_routing(backbone: Backbone, trace: Trace) -> dict[int, Tensor]:
+    """Layer -> log-probabilities [T, E] (fp32) of the experts as the layer's own family weighs them."""
+    return {layer.index: layer.log_distribution(trace.logits_TE[layer.index]) for layer in backbone}
+
+
 def flip_rate(before_TK: Tensor, after_TK: Tensor) -> float:
     """Share of (token, slot) choices in `before_TK` that `after_TK` no longer makes; order in a token is ignored."""
     if before_TK.numel() == 0:

@@ -1,4 +1,4 @@
-"""How a router turns its logits into the weights of the experts it chose: the scoring family.
+"""How a router turns its logits into weights, of the experts it chose and of all: the scoring family.
 
 Pinning a router to given experts needs their weights under the *current* logits, so the family is identified by
 reproducing a router's own output and refused when nothing reproduces it. Selection biases and groups decide *which*
@@ -17,6 +17,10 @@ from torch import Tensor
 
 TOLERANCE = 2e-2
 """Largest absolute error accepted when a family reproduces bf16 router weights; fp32 routers are held to 1e-4."""
+
+SLOTS, LEAK = 2, 0.1
+"""Experts of a token under sparsemixer, which knows no other number; share of the full softmax that is let in."""
+TINY = 1e-20
 
 CHOSEN, ALL = "softmax over chosen experts", "softmax over all experts"
 SIGMOID_RENORMALISED, SIGMOID, SPARSEMIXER = "sigmoid, renormalised", "sigmoid", "sparsemixer"
@@ -58,6 +62,18 @@ def _sparsemixer(logits_TE: Tensor, index_TK: Tensor, jitter: float) -> Tensor:
     return torch.cat(weights, -1).float()
 
 
+def _log_sparsemixer(logits_TE: Tensor, jitter: float) -> Tensor:
+    """Mean over sparsemixer's slots of each one's distribution, in logarithms; `LEAK` of it is the full softmax."""
+    left_TE, slots = logits_TE, []
+    for _ in range(SLOTS):
+        with torch.no_grad():
+            best_T1, chosen_T1 = left_TE.max(-1, keepdim=True)
+            distant_TE = (best_T1 - logits_TE) / logits_TE.abs().clamp(min=best_T1) > 2 * jitter
+        slots.append(left_TE.masked_fill(distant_TE, float("-inf")).softmax(-1))
+        left_TE = left_TE.scatter(-1, chosen_T1, float("-inf"))
+    return ((1 - LEAK) * torch.stack(slots).mean(0) + LEAK * logits_TE.softmax(-1)).clamp(min=TINY).log()
+
+
 FAMILIES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     # Renormalising a full softmax over the chosen experts equals a softmax over the chosen logits: one family.
     CHOSEN: _softmax_over_chosen,
@@ -88,6 +104,27 @@ class Scoring:
         """Weights [T, K] (fp32) of the given experts under the given logits. Differentiable in the logits."""
         weights_TK = self.scale * FAMILIES[self.family](logits_TE, index_TK, self.constant)
         return weights_TK if self.factor_E is None else weights_TK * self.factor_E[index_TK].float()
+
+    def log_distribution(self, logits_TE: Tensor, temperature: float = 1.0) -> Tensor:
+        """Log-probabilities [T, E] (fp32) of what the family weighs *all* experts by, before it keeps the chosen ones.
+
+        softmax families: the softmax. Sigmoid families: the sigmoids, normalised to sum 1; so a shift of all logits,
+        which changes their weights, changes this too. sparsemixer: the mean over its slots of the softmax over the
+        experts in the slot's band, beside a little of the full softmax, without which a divergence could be infinite.
+
+        Selection biases and groups are left out, as they are of the weights: they decide who is chosen, by the same
+        numbers whatever the prompt is (what they make of it is the flip rate's business). Differentiable.
+
+        Args:
+            temperature: divides the logits first.
+        """
+        logits_TE = logits_TE.float() / temperature
+        if self.family in (SIGMOID, SIGMOID_RENORMALISED):
+            scores_TE = torch.nn.functional.logsigmoid(logits_TE)
+            return scores_TE - scores_TE.logsumexp(-1, keepdim=True)
+        if self.family == SPARSEMIXER:
+            return _log_sparsemixer(logits_TE, self.constant)
+        return logits_TE.log_softmax(-1)
 
     @property
     def shift_invariant(self) -> bool:

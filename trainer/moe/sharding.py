@@ -50,6 +50,14 @@ def _zero3_whole(parameters: list[Tensor], modifier_rank: int | None = None) -> 
     return gathering
 
 
+def local(parameter: Tensor) -> Tensor:
+    """This process's part of a parameter; the parameter itself where it is not sharded."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local()
+    held: Tensor = parameter.ds_tensor if is_partitioned(parameter) else parameter  # type: ignore[attr-defined]
+    return held
+
+
 @torch.no_grad()
 def whole(parameter: Tensor) -> Tensor:
     """The whole parameter, detached, on its device; the parameter itself where it is not sharded. Collective."""

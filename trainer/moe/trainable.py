@@ -17,10 +17,16 @@ from trainer.moe.sharding import assign, whole
 
 
 class TrainableModel(Protocol):
-    """A model under repair: `SplitModel` (critical experts) or `WholeModel` (full fine-tuning, to compare with)."""
+    """A model under repair: `SplitModel` (critical experts) or `WholeModel` (full fine-tuning, to compare with).
+
+    `is_original`: nothing of it was trained or loaded yet, so that it computes what the original does. `dtype`: the
+    type it computes in, whatever what trains is held in.
+    """
 
     backbone: Backbone
     model: PreTrainedModel
+    is_original: bool
+    dtype: torch.dtype
 
     @property
     def originals(self) -> list[nn.Module]:
@@ -37,14 +43,19 @@ class TrainableModel(Protocol):
 
 
 class WholeModel:
-    """Every parameter trainable; the original is a second, frozen copy (which the split does without)."""
+    """Every parameter trainable, in fp32; the original is a second, frozen copy (which the split does without)."""
 
     def __init__(self, backbone: Backbone):
         self.backbone, self.model = backbone, backbone.model
+        self.is_original, self.dtype = True, self.model.dtype
         self.reference = Backbone.of(copy.deepcopy(self.model).eval().requires_grad_(False))
         for layer, source in zip(self.reference, backbone, strict=True):
             layer.scoring = source.scoring
         self._routers = Fp32Weights(backbone.routers())
+        # As the split's experts are: 16-bit weights swallow most updates, and the comparison would not be fair.
+        copies = dict(self.reference.model.named_modules())
+        others = _outside_of_routers(backbone)
+        self._others = Fp32Weights(others, {name: copies[name] for name in others})
 
     @property
     def originals(self) -> list[nn.Module]:
@@ -76,16 +87,31 @@ class WholeModel:
         return {name: whole(parameter).cpu().clone() for name, parameter in self.model.named_parameters()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.is_original = False
         for name, parameter in self.model.named_parameters():
             assign(parameter, state[name])
 
     def fuse(self) -> None:
-        """Nothing to fuse, but the routers get their type back."""
+        """Nothing to fuse, but every module gets its type back."""
         self._routers.restore_dtype()
+        self._others.restore_dtype()
 
     def stock_state(self) -> Iterator[tuple[str, Tensor]]:
         """Name and whole tensor of everything a stock checkpoint holds, one at a time, in the model's own types."""
-        dtypes = self._routers.dtypes()
+        dtypes = self._others.dtypes() | self._routers.dtypes()
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             value = whole(tensor)
             yield name, value.to(dtypes.get(name, value.dtype))
+
+
+def _outside_of_routers(backbone: Backbone) -> dict[str, nn.Module]:
+    """Name -> every module with parameters of its own that is no part of a router."""
+    modules, routers = dict(backbone.model.named_modules()), tuple(f"{name}." for name in backbone.routers())
+    found = {}
+    for name, module in modules.items():
+        if next(module.parameters(recurse=False), None) is None or f"{name}.".startswith(routers):
+            continue
+        # The weight of a convolution over positions is read by the module around it, which never calls it.
+        within = name.rpartition(".")[0] if isinstance(module, nn.Conv1d) else name
+        found[within] = modules[within]
+    return found

@@ -13,7 +13,7 @@ from transformers import set_seed
 
 from data_prep.errors import UserError
 from trainer.engines.engine import engine
-from trainer.engines.table import names
+from trainer.engines.table import names as engine_names
 from trainer.moe.expert_set import ExpertSet
 from trainer.moe.experts import SplitModel
 from trainer.moe.trainable import TrainableModel, WholeModel
@@ -40,7 +40,7 @@ def refuse_what_the_engine_cannot(sections: dict[str, TrainerSection]) -> None:
     for name, section in sections.items():
         optim = str(section.given_arguments.get("optim", ""))
         if any(part in optim for part in BITSANDBYTES) and not engine().capabilities.steps_with_bitsandbytes:
-            others = ", ".join(names(lambda e: e.steps_with_bitsandbytes))
+            others = ", ".join(engine_names(lambda e: e.steps_with_bitsandbytes))
             raise UserError(
                 f"{name}.optim: found {optim!r}, which cannot step parameters that {engine().name} splits; allowed: "
                 f"adamw_torch, or another engine ({others})"
@@ -82,14 +82,15 @@ def train_step(
     *,
     reads: Sequence[str],
     after: Sequence[Step[Any]],
-) -> Step[None]:
-    """Train a stage and keep its weights, or take them up where the stage was done before.
+) -> Step[dict[str, Any]]:
+    """Train a stage and keep its weights, or take them up where the stage was done before; its value is its effect.
 
     Args:
         number: of the stage in the schedule, from 1; it draws its own random numbers.
     """
     folder = experiment.stage_dir(number, name)
-    state, log, sizes = folder / "state.safetensors", folder / "log.json", folder / "parameters.json"
+    names = ("state.safetensors", "log.json", "parameters.json", "rows.json", "effect.json")
+    state, log, sizes, rows, effect = files = [folder / name for name in names]
     identity = experiment.identity(name, reads, after)
     holds_result = False
 
@@ -104,13 +105,17 @@ def train_step(
         weights, result = made
         save_tensors(state, weights)
         atomic_write(log, json.dumps(result.log, indent=1))
-        counts = {"trained_parameters": result.trained_parameters, "total_parameters": result.total_parameters}
-        atomic_write(sizes, json.dumps(counts))
+        keys = ("trained_parameters", "total_parameters", "trained_tensors", "moved_tensors")
+        atomic_write(sizes, json.dumps({key: getattr(result, key) for key in keys}))
+        atomic_write(rows, json.dumps(result.rows, indent=1))
+        atomic_write(effect, json.dumps(result.effect, indent=1))
 
-    def read() -> None:
+    def read() -> dict[str, Any]:
         if not holds_result:  # what was just written is what the model holds
             model.load_state_dict(load_file(state))
+        found: dict[str, Any] = json.loads(effect.read_text())
+        return found
 
-    step = experiment.step(name, make, Kept(write, lambda: [state, log, sizes], read), reads=reads, after=after)
+    step = experiment.step(name, make, Kept(write, lambda: files, read), reads=reads, after=after)
     resume.clear(folder)
     return step

@@ -33,6 +33,7 @@ class Artefacts:
     expert_set: dict[str, Any] = field(default_factory=dict)
     logs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     audit: dict[str, Any] = field(default_factory=dict)
     missing: set[str] = field(default_factory=set)
 
@@ -81,6 +82,7 @@ def read(run_dir: Path) -> Artefacts:
     found.logs = {path.name: _checked(path / "log.json", records.Log) for path in stages if _has(path, "log.json")}
     sized = [path for path in stages if _has(path, "parameters.json")]
     found.parameters = {path.name: _object(path / "parameters.json", records.Parameters) for path in sized}
+    found.rows = {path.name: _checked(path / "rows.json", records.Rows) for path in stages if _has(path, "rows.json")}
     if not found.logs:
         found.missing.add("stages/*/log.json")
     return found

@@ -5,13 +5,15 @@ What is read, all but the first optional; keys that a file lacks are left out of
 - `evaluation.json`: `{"before": M, "after": M, "diagnostics": D}` as in docs/evaluation-json.md. Of D:
   `router_restore_gap`, `topk_flip_rate`, `gate_weights_changed` (share), `experts_changed`, `experts_total`,
   `untouched_identical`, `random_control` (M or a part of it),
-  `drift_per_layer` [{layer, flip_rate, kl}], `parameters` {trained, total}, `cost` {name: number or text}.
+  `drift_per_layer` [{layer, flip_rate, kl}], `parameters` {trained, total}, `cost` {name: number or text},
+  `stages` as in docs/evaluation-json.md.
 - `recipe.yaml`, shown as it is; `manifest.json`: name, created, seed, versions {name: version},
   stages {name: {status, seconds, peak_memory_mb, peak_gpu_memory_mb}}.
 - `pairs.jsonl`: one row per goal or pair with `outcome` (and `wrapper`); only counts are shown, never a text.
 - `activations.parquet`: columns layer, expert, score, ...; `expert_set.json`: `num_layers`, `experts_per_layer` or
   `num_experts`, `members` [{layer, expert, score, stability}].
-- `stages/<n>-<name>/log.json`: the trainer's log_history; `parameters.json`: {trained_parameters, total_parameters}.
+- `stages/<n>-<name>/log.json`: the trainer's log_history; `parameters.json`: {trained_parameters, total_parameters};
+  `rows.json`: source -> {kept, cut, unfinished, dropped {reason: rows}}.
 - `audit.json`: name to value; `moved_outside` lists tensor names, `footprint` is an object, `reload_ok` a truth value.
 """
 
@@ -24,6 +26,7 @@ from trainer.reporting import plots, sections
 from trainer.reporting.artefacts import Artefacts, read
 from trainer.reporting.figures import Figure, collect, control_metrics
 from trainer.reporting.method_report import MethodReport, Report
+from trainer.reporting.stages import stage_sections
 from trainer.reporting.templates import template
 from trainer.reporting.verdict import cautions, headline
 
@@ -59,7 +62,7 @@ def _render(run: Artefacts, method: MethodReport) -> str:
         controls=list(control_metrics(run.evaluation)),
         rows=[sections.table_row(figure) for figure in figures],
         changed=sections.what_changed(run),
-        method=method.sections,
+        method=[*stage_sections(run), *method.sections],
         experts=sections.experts_by_layer(run),
         pairs=sections.pairs(run),
         costs=sections.costs(run),

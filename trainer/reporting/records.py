@@ -141,3 +141,18 @@ class Log(RootModel[list[dict[str, int | float | None]]]):
     """A trainer's log_history."""
 
     model_config = ConfigDict(strict=True)
+
+
+class OfSource(Known):
+    """The rows of one source in a training stage."""
+
+    kept: Natural
+    cut: Natural
+    unfinished: Natural
+    dropped: dict[str, Natural]
+
+
+class Rows(RootModel[dict[str, OfSource]]):
+    """Source -> what became of its rows."""
+
+    model_config = ConfigDict(strict=True)

@@ -5,6 +5,7 @@ from typing import Any
 
 from trainer.reporting.artefacts import Artefacts
 from trainer.reporting.figures import Figure, compare
+from trainer.reporting.stages import stage_cautions
 
 _FEW = 50
 _LARGE_GAP = 0.10
@@ -79,6 +80,7 @@ def cautions(run: Artefacts, figures: Sequence[Figure]) -> list[str]:
             f"With the original router put back, attack success rises by {100 * gap:.1f} points: part of the repair "
             "is a routing shortcut, not a change in the experts."
         )
+    found += stage_cautions(run)
     found += _control_cautions(figures)
     found += _gap_between_families(figures)
     degenerate = next((figure for figure in figures if figure.key == "degenerate"), None)

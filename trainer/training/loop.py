@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ProgressCallback
@@ -21,9 +22,11 @@ from trainer.moe.sharding import engine_runs, size
 from trainer.moe.trainable import TrainableModel
 from trainer.recipe.section import TrainerSection
 from trainer.runtime import signals
-from trainer.runtime.console import is_main_process, progress
+from trainer.runtime.console import is_main_process, progress, say
 from trainer.runtime.files import save_tensors
 from trainer.runtime.processes import any_rank, world_size
+from trainer.training.fitting import RowTable
+from trainer.training.moved import fingerprints, moved
 from trainer.training.resume import ResumableTrainer, resumable
 
 # transformers 5.23 renamed the switch; the old name warns there and is all that older releases know.
@@ -32,11 +35,19 @@ OLD_CHECKPOINTING, NEW_CHECKPOINTING = "gradient_checkpointing", "activation_che
 
 @dataclass(frozen=True)
 class StageResult:
-    """Outcome of a stage: the trainer's log history and how many parameters trained, of how many."""
+    """Outcome of a stage: the trainer's log history, how many parameters trained, of how many, and the rows.
+
+    `moved_tensors`: of the `trained_tensors` those that differ from the stage's start by a bit. `rows`: source ->
+    what became of its rows (`RowTable.json`). `effect`: what the stage did to routing and refusals, where measured.
+    """
 
     log: list[dict[str, float]]
     trained_parameters: int
     total_parameters: int
+    trained_tensors: int
+    moved_tensors: int
+    rows: dict[str, Any]
+    effect: dict[str, Any] = field(default_factory=dict)
 
 
 def arguments(section: TrainerSection, output_dir: Path, seed: int, model: PreTrainedModel) -> dict[str, Any]:
@@ -115,30 +126,52 @@ def configs_kept(model: PreTrainedModel) -> Iterator[None]:
             vars(config).update(values)
 
 
-def train(trainer: ResumableTrainer, label: str, inputs: str) -> StageResult:
+def train(trainer: ResumableTrainer, label: str, inputs: str, dataset: Dataset, rows: RowTable) -> StageResult:
     """Train a stage to its end, from its newest checkpoint where there is one, and take the engine off the model.
 
+    Args:
+        dataset: what the trainer was given, to hold against what it kept of it.
+        rows: what became of the rows that the dataset was made of.
+
     Raises:
+        RuntimeError: the trainer dropped or changed rows of its own accord.
         NonFiniteLossError: the loss is not finite.
         Terminated: SIGTERM came; a checkpoint was written.
-        UserError: a checkpoint that this engine or number of processes cannot take up.
+        UserError: a checkpoint that this engine or number of processes cannot take up, or training moved nothing.
     """
+    kept = trainer.train_dataset
+    if kept is not dataset and kept.to_dict() != dataset.to_dict():
+        raise RuntimeError(f"{label}: the trainer holds {len(kept)} rows, and not the {len(dataset)} it was given")
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(StageBar(label))
     trainer.add_callback(SaveAndStop())
     # A last batch that is not full would be filled up differently by every number of processes.
-    rows = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps * world_size()
-    trainer.args.dataloader_drop_last = len(trainer.train_dataset) >= rows
+    step = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps * world_size()
+    trainer.args.dataloader_drop_last = len(dataset) >= step
+    left = len(dataset) % step if trainer.args.dataloader_drop_last else 0
+    say(
+        f"{label}: {len(dataset)} rows, {step} a step"
+        + (f"; each epoch leaves out {left}, which fill no step" if left else "")
+    )
     trainer.inputs = inputs
     start = resumable(trainer.folder, inputs)
+    before = fingerprints(trainer.trained.model)
     with engine_runs(trainer.trained.model):
         try:
             with signals.deferred():
                 trainer.train(resume_from_checkpoint=str(start) if start else None)
         finally:
             release(trainer)
-    return StageResult(trainer.state.log_history, *parameter_counts(trainer.trained.model))
+    trainer.trained.is_original = False
+    changed = moved(trainer.trained.model, before)
+    if not changed:
+        raise UserError(
+            f"{label}: none of the {len(before)} tensors that train moved in {trainer.state.global_step} steps; raise "
+            f"{label}.learning_rate (found {trainer.args.learning_rate}) or {label}.max_steps"
+        )
+    counts = parameter_counts(trainer.trained.model)
+    return StageResult(trainer.state.log_history, *counts, len(before), len(changed), rows.json())
 
 
 class NonFiniteLossError(UserError):

@@ -10,6 +10,7 @@ Shapes: B rows, S positions, R positions from the first response token of the ba
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,14 +21,16 @@ from datasets import Dataset
 from torch import Tensor, nn
 from trl import SFTConfig, SFTTrainer
 
-from data_prep.errors import UserError
 from data_prep.schema import Conversation
 from trainer.model.chat import Chat, ChatTurn, pad
 from trainer.model.reply import Reply
+from trainer.moe.modes import draw_nothing, evaluating
 from trainer.moe.routing import Trace, flip_rate, pin, record
 from trainer.moe.sharding import is_sharded
 from trainer.moe.trainable import TrainableModel
 from trainer.recipe.sections import RepairSection
+from trainer.training.first_step import check_is_original, check_loss, check_nothing_is_drawn, repair_row
+from trainer.training.fitting import CUT_TARGET, NO_ROOM, LeftOut, RowTable, turn_of
 from trainer.training.loop import StageResult, arguments, configs_kept, stop_unless_finite, train
 from trainer.training.resume import ResumableTrainer
 
@@ -52,11 +55,16 @@ def repair_experts(
     folder: Path,
     seed: int,
     inputs: str = "",
+    left_out: LeftOut | None = None,
 ) -> StageResult:
     """Run the stage; `trained` is changed in place. `inputs` tells checkpoints in `folder` from those of another run.
 
+    Args:
+        left_out: rows that were left out before, to be counted with those that `max_length` leaves out.
+
     Raises:
-        UserError: no row is short enough for `max_length`.
+        UserError: a source of rows is gone altogether, or training moved nothing.
+        RuntimeError: what the first batch is checked for (`first_step`) does not hold.
         NonFiniteLossError: training diverged; the weights before the step are kept in `folder`.
     """
     config = SFTConfig(
@@ -65,31 +73,36 @@ def repair_experts(
         router_aux_loss_coef=0.0,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    dataset = _dataset(chat, rows, config.max_length)
+    table = RowTable("repair", left_out)
+    dataset = _dataset(chat, rows, config.max_length, table)
     trained.train_experts(routers=section.train_gates)
     with configs_kept(trained.model):
         trainer = ExpertRepairTrainer(trained, section, folder, chat, config, dataset)
         try:
-            return train(trainer, "repair", inputs)
+            return train(trainer, "repair", inputs, dataset, table)
         finally:
             trainer.restore_forward()
 
 
-def _dataset(chat: Chat, rows: Sequence[TrainingRow], max_length: int | None) -> Dataset:
-    turns = [chat.encode(row.prompt, row.reply) for row in rows]
-    limit = max_length or max(len(turn.ids) for turn in turns)
-    fitting = [(turn, row) for turn, row in zip(turns, rows, strict=True) if turn.prompt < limit]
-    if not fitting:
-        raise UserError(
-            f"repair.max_length: {limit} cuts every one of the {len(rows)} prompts; the shortest row needs more"
-        )
-    return Dataset.from_dict(
-        {
-            "input_ids": [turn.ids[:limit] for turn, _ in fitting],
-            "prompt_length": [turn.prompt for turn, _ in fitting],
-            "retain": [row.stream == "retain" for _, row in fitting],
-        }
-    )
+def _dataset(chat: Chat, rows: Sequence[TrainingRow], max_length: int | None, table: RowTable) -> Dataset:
+    """The rows that fit. A cut refusal is no refusal, so it is dropped; a cut answer is trained without its end."""
+    columns: dict[str, list[Any]] = {"row": [], "input_ids": [], "prompt_length": [], "retain": []}
+    for row in rows:
+        turn = turn_of(chat, row.prompt, row.reply)
+        cut = max_length is not None and len(turn.ids) > max_length
+        if max_length is not None and turn.prompt >= max_length:
+            table.drop(row.source, NO_ROOM)
+        elif cut and row.stream == "repair":
+            table.drop(row.source, CUT_TARGET)
+        else:
+            table.keep(row.source, row.reply, cut=cut)
+            columns["row"].append(len(columns["row"]))
+            columns["input_ids"].append(turn.ids[:max_length])
+            columns["prompt_length"].append(turn.prompt)
+            columns["retain"].append(row.stream == "retain")
+    table.show()
+    table.check()
+    return Dataset.from_dict(columns)
 
 
 @dataclass(frozen=True)
@@ -116,6 +129,7 @@ class ExpertRepairTrainer(ResumableTrainer, SFTTrainer):
     ):
         self.trained, self.section, self.folder = trained, section, folder
         self._replayed: Reference | None = None
+        self._expected: float | None = None
         self._own_forward = trained.model.__dict__.get("forward")
         padding = chat.padding
 
@@ -127,6 +141,7 @@ class ExpertRepairTrainer(ResumableTrainer, SFTTrainer):
                 "attention_mask": batch.attention_mask_BS,
                 "response": batch.response_BS,
                 "retain": retain_B,
+                "row": torch.tensor([e["row"] for e in examples]),
             }
 
         super().__init__(
@@ -150,6 +165,8 @@ class ExpertRepairTrainer(ResumableTrainer, SFTTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         inputs = self._prepare_inputs(inputs)
+        if self.is_first_batch():
+            self._expected = self._loss_by_row(model, inputs["row"].tolist())
         if self.section.routing == "frozen":
             return super().training_step(model, inputs, num_items_in_batch)
         self._replayed = self._reference(model, inputs, torch.ones_like(inputs["retain"]))
@@ -165,18 +182,63 @@ class ExpertRepairTrainer(ResumableTrainer, SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         assert not return_outputs, "the stage has no evaluation loop"
+        draw_nothing(self.trained.model)
         with record(self.trained.backbone) as routing:
             logits_BRV, targets_BR, mask_BR = self._response_logits(model, inputs)
         if self.state.global_step % max(int(self.args.logging_steps), 1) == 0:
             original = self._replayed or self._reference(model, inputs, torch.ones_like(inputs["retain"]))
             self._log_flips(routing, original.routing, inputs["attention_mask"])
+            if self._expected is not None:
+                self._check_routing(model, inputs, routing, original.routing)
         loss_B, loss = self._losses(model, inputs, logits_BRV, targets_BR, mask_BR)
         for name, chosen in (("repair_loss", ~inputs["retain"]), ("retain_loss", inputs["retain"])):
             if chosen.any():
                 self._metrics["train"][name].append(loss_B[chosen].mean().item())
         assert loss.requires_grad, "nothing in the model trains"
         stop_unless_finite(loss.detach(), self.state.global_step, self.trained, self.folder, "repair")
+        if self._expected is not None:
+            check_loss("repair", loss.item(), self._expected, self.trained.dtype)
+            self._expected = None
         return loss
+
+    # --- the first batch --------------------------------------------------------------------------
+
+    def _check_routing(self, model: nn.Module, inputs: dict[str, Any], routing: Trace, original: Trace) -> None:
+        mask_BS = inputs["attention_mask"]
+        with torch.no_grad(), evaluating(self.trained.model), record(self.trained.backbone) as again:
+            model(input_ids=inputs["input_ids"], attention_mask=mask_BS, use_cache=False, logits_to_keep=1)
+        check_nothing_is_drawn("repair", routing, again, mask_BS)
+        if self.trained.is_original:
+            check_is_original("repair", routing, original, mask_BS, self.trained.dtype)
+
+    @torch.no_grad()
+    def _loss_by_row(self, model: nn.Module, rows: list[int]) -> float:
+        """The loss of these rows, each alone through the model and unpadded."""
+        section, losses = self.section, []
+        runs = model if is_sharded(self.trained.model) else self.trained.model
+        for row in self.train_dataset.select(rows):
+            ids, prompt = row["input_ids"], row["prompt_length"]
+            kept, response = len(ids) - prompt + 1, ids[prompt:]
+            inputs = {"input_ids": torch.tensor([ids], device=self.args.device)}
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            original = self._reference(model, inputs, torch.ones(1, dtype=torch.bool, device=self.args.device), kept)
+            replayed = pin(self.trained.backbone, original.routing.index_TK)
+            with evaluating(self.trained.model), replayed if section.routing == "replay" else nullcontext():
+                logits_RV = runs(**inputs, use_cache=False, logits_to_keep=kept).logits[0, -kept:-1]
+            original_RV = original.logits_BSV[0, -kept:-1]
+            if self.trained.is_original:
+                check_loss(
+                    "repair, before the first update, against the original model",
+                    repair_row(logits_RV, response, None, 0.0),
+                    repair_row(original_RV, response, None, 0.0),
+                    self.trained.dtype,
+                )
+            by_kl = row["retain"] and section.retain_loss == "kl" and section.retain_weight > 0
+            loss = repair_row(logits_RV, response, original_RV if by_kl else None, section.first_token_weight)
+            losses.append((section.retain_weight if row["retain"] else 1.0) * loss)
+        return sum(losses) / len(losses)
+
+    # --- the loss ---------------------------------------------------------------------------------
 
     def _losses(
         self, model: nn.Module, inputs: dict[str, Any], logits_BRV: Tensor, targets_BR: Tensor, mask_BR: Tensor

@@ -42,6 +42,13 @@ class ResumableTrainer(EngineTrainer):
     folder: Path
     inputs: str = ""
     """Digest of what the stage rests on; a checkpoint of another one is not taken up."""
+    _checked: bool = False
+
+    def is_first_batch(self) -> bool:
+        """True once, on the first batch of a stage that starts; never of one that goes on from a checkpoint."""
+        first = not self._checked and self.state.global_step == 0
+        self._checked = True
+        return first
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         save(self)

@@ -8,6 +8,7 @@ low attack success is to refuse the wrapper.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -18,9 +19,19 @@ from data_prep.wrappers import recombine
 from trainer.model.reply import Ask, Judge, Reply
 from trainer.recipe.sections import RepairSection
 from trainer.training.consistency import ConsistencyRow
+from trainer.training.fitting import ABSENT, REFUSED, REMEDIES, UNJUDGED, LeftOut
 from trainer.training.repair import TrainingRow
 
 T = TypeVar("T")
+ROBUST = "robust wrapper"
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The rows of the repair stage, and how many were left out before it saw them: (source, reason) -> rows."""
+
+    rows: list[TrainingRow]
+    left_out: LeftOut
 
 
 @dataclass(frozen=True)
@@ -40,48 +51,61 @@ def repair_rows(
     ask: Ask,
     judge: Judge,
     seed: int,
-) -> list[TrainingRow]:
+) -> Mix:
     """All rows of the repair stage.
 
     Args:
         refusals: goal id -> the model's refusal of the plain goal, for every refused goal.
         section: says how many rows of which kind there are for each target.
         ask: replies of the *original* model; asked once for all retain rows.
+
+    Raises:
+        UserError: the recipe asks for a kind of rows of which the data has nothing.
     """
     generator = random.Random(seed)
-    n = len(targets)
+    n, left_out = len(targets), Counter[tuple[str, str]]()
+
+    def deal(items: Sequence[T], number: int, source: str, key: str) -> list[T]:
+        dealt = _deal(items, number, generator)
+        if len(dealt) < number:
+            if source != ROBUST:
+                found = f"repair.{key}: {getattr(section, key)}"
+                raise UserError(f"{found} asks for {number} rows '{source}'; {ABSENT}: {REMEDIES[ABSENT]}")
+            left_out[source, ABSENT] += number  # a role of data.jailbreaks that may be left out
+        return dealt
+
     robust = corpus.wrappers_of("robust")
     contexts = [prompt.text for prompt in corpus.benign.train]
     # Another seed than detection's, so that these wrappers are new.
     fresh = recombine([*corpus.wrappers_of("seen"), *robust], contexts, round(section.recombined * n), seed + 1)
-    around = [*fresh, *_deal(robust, round(section.robust * n), generator)]
+    around = [*fresh, *deal(robust, round(section.robust * n), ROBUST, "robust")]
     refused = [goal for goal in corpus.harmful.train if goal.id in refusals]
 
     rows = [TrainingRow(t.wrapper.wrap(t.goal.conversation), t.refusal, "repair", "jailbreak") for t in targets]
     for wrapper, goal in zip(around, _deal(refused, len(around), generator), strict=True):
-        rows.append(
-            TrainingRow(wrapper.wrap(goal.conversation), refusals[goal.id], "repair", f"{wrapper.family} wrapper")
-        )
-    for goal in _deal(refused, round(section.anchors * n), generator):
+        source = ROBUST if wrapper.role == "robust" else "recombined wrapper"
+        rows.append(TrainingRow(wrapper.wrap(goal.conversation), refusals[goal.id], "repair", source))
+    for goal in deal(refused, round(section.anchors * n), "plain harmful", "anchors"):
         rows.append(TrainingRow(goal.conversation, refusals[goal.id], "repair", "plain harmful"))
 
     instances = [*(target.wrapper for target in targets), *around]
-    twins = _deal(instances, round(section.wrapped_benign * len(instances)), generator)
-    harmless = _deal([*corpus.benign.train, *corpus.borderline.train], len(twins), generator)
-    plain = _deal(corpus.benign.train, round(section.plain_benign * n), generator)
-    borderline = _deal(corpus.borderline.train, round(section.borderline * n), generator)
+    twins = deal(instances, round(section.wrapped_benign * len(instances)), "wrapped benign", "wrapped_benign")
+    every = [*corpus.benign.train, *corpus.borderline.train]
+    harmless = deal(every, len(twins), "wrapped benign", "wrapped_benign")
+    plain = deal(corpus.benign.train, round(section.plain_benign * n), "plain benign", "plain_benign")
+    borderline = deal(corpus.borderline.train, round(section.borderline * n), "borderline", "borderline")
     asked = [(w.wrap(prompt.conversation), "wrapped benign") for w, prompt in zip(twins, harmless, strict=True)]
     asked += [(prompt.conversation, "plain benign") for prompt in plain]
     asked += [(prompt.conversation, "borderline") for prompt in borderline]
     prompts = [prompt for prompt, _ in asked]
     answers = ask(prompts, "answers to retain") if asked else []
-    rows += [
-        TrainingRow(prompt, answer, "retain", source)
-        for (prompt, source), answer, verdict in zip(asked, answers, judge(prompts, answers), strict=True)
-        # An answer that is a refusal is over-refusal: nothing to hold on to.
-        if verdict == "complied"
-    ]
-    return rows
+    for (prompt, source), answer, verdict in zip(asked, answers, judge(prompts, answers), strict=True):
+        if verdict == "complied":
+            rows.append(TrainingRow(prompt, answer, "retain", source))
+        else:
+            # An answer that is a refusal is over-refusal: nothing to hold on to.
+            left_out[source, REFUSED if verdict == "refused" else UNJUDGED] += 1
+    return Mix(rows, left_out)
 
 
 def consistency_rows(

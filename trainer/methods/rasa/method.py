@@ -57,7 +57,7 @@ class Rasa:
             identity = stages.experiment.identity("control", ALL_READ, [last])
             random = control(stages.experiment, lambda: stages.on_random_experts(identity), ALL_READ, [last])
         found |= {key: audit[key] for key in publish.MOVED}
-        found |= {"random_control": random, "steering_baseline": steered}
+        found |= {"random_control": random, "steering_baseline": steered, "stages": stages.effects}
         evaluation = {"before": before.value, "after": after.value, "diagnostics": found}
         publish.publish(experiment, evaluation, report, lambda written: _print_summary(written, recipe))
 
@@ -83,9 +83,13 @@ def alternate(experiment: Experiment[RasaRecipe], critical: Step[Critical]) -> t
     stages = Stages(experiment, split(experiment, critical.value.experts, experiment.recipe.repair), critical.value)
     last: Step[Any] = critical
     for number, (round_, kind) in enumerate(experiment.recipe.training, start=1):
-        last = train_step(
-            experiment, f"{kind}-{round_}", number, stages.model, stages.kinds[kind], reads=READS[kind], after=[last]
+        name = f"{kind}-{round_}"
+        step = train_step(
+            experiment, name, number, stages.model, stages.measured(kind), reads=READS[kind], after=[last]
         )
+        _say_effect(name, step.value)
+        stages.effects.append({"stage": name, **step.value})
+        last = step
     return stages, last
 
 
@@ -127,6 +131,13 @@ def _say_what_trains(experiment: Experiment[RasaRecipe]) -> None:
         f"{plan['experts']} of {plan['of_experts']} experts, {plan['parameters']:,} of {plan['of_parameters']:,} "
         "parameters"
     )
+
+
+def _say_effect(stage: str, effect: dict[str, Any]) -> None:
+    name = effect["works_on"]
+    words = name.replace("_", " ")
+    went = f"{words} {effect[name]['before']:.4f} -> {effect[name]['after']:.4f}"
+    say(f"{stage}: {went}" if effect["acted"] else f"{stage}: NO EFFECT, {went}")
 
 
 def _print_summary(evaluation: dict[str, Any], recipe: RasaRecipe) -> None:

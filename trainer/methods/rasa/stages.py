@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from data_prep.schema import Conversation
+from trainer.evaluation.diagnostics import Twins, routing_gap
 from trainer.methods.rasa.identify import Critical
 from trainer.methods.rasa.recipe import RasaRecipe
 from trainer.model.reply import Reply
@@ -17,14 +19,26 @@ from trainer.pipeline.experiment import Experiment
 from trainer.pipeline.train import Train, split
 from trainer.training.consistency import make_routing_consistent
 from trainer.training.loop import StageResult
-from trainer.training.repair import TrainingRow, repair_experts
-from trainer.training.rows import consistency_rows, repair_rows
+from trainer.training.repair import repair_experts
+from trainer.training.rows import Mix, consistency_rows, repair_rows
 
 READS = {"repair": ["repair"], "consistency": ["repair", "consistency"]}
 """The recipe's sections that a stage depends on, besides the stages before it."""
 ALL_READ = ["repair", "consistency", "schedule", "evaluate"]
+SAMPLE = 32
+"""Pairs on which the effect of every stage is measured."""
+ACTS = 0.1
+"""Smallest relative change of what a stage works on that is called an effect."""
+WORKS_ON = {"repair": "refusal_loss", "consistency": "routing_gap"}
 SHOWN = 64
 """Texts of a kind on which routing drift is measured."""
+
+
+def effect_of(kind: str, before: dict[str, float], after: dict[str, float]) -> dict[str, Any]:
+    """Every figure before and after a stage, and whether what it works on fell by a tenth or more (`acted`)."""
+    figures = {name: {"before": before[name], "after": after[name]} for name in before}
+    name = WORKS_ON[kind]
+    return {"kind": kind, **figures, "works_on": name, "acted": after[name] <= (1 - ACTS) * before[name]}
 
 
 @dataclass
@@ -34,31 +48,62 @@ class Stages:
     experiment: Experiment[RasaRecipe]
     model: TrainableModel
     critical: Critical
-    made: list[TrainingRow] | None = None
+    made: Mix | None = None
+    effects: list[dict[str, Any]] = field(default_factory=list)
+    """What each stage did, in order: `Stages.measured`."""
 
     @property
     def kinds(self) -> dict[str, Train]:
         return {"repair": self.repair, "consistency": self.consistency}
 
+    def measured(self, kind: str) -> Train:
+        """A stage with what it did to the routing gap and to the refusals (`effect_of`)."""
+
+        def train(folder: Path, identity: str) -> StageResult:
+            before = self._gap()
+            result = self.kinds[kind](folder, identity)
+            return replace(result, effect=effect_of(kind, before, self._gap()))
+
+        return train
+
+    def _gap(self) -> dict[str, float]:
+        twins = [
+            Twins(t.goal.conversation, t.wrapper.wrap(t.goal.conversation), t.refusal)
+            for t in self.critical.targets[:SAMPLE]
+        ]
+        return routing_gap(self.model, self.experiment.chat, twins)
+
     def repair(self, folder: Path, identity: str) -> StageResult:
         """Minimise L_SFT over the critical experts at the present router."""
-        recipe, chat = self.experiment.recipe, self.experiment.chat
-        return repair_experts(self.model, chat, self.rows(), recipe.repair, folder, recipe.run.seed, identity)
+        recipe, mix = self.experiment.recipe, self.mix()
+        return repair_experts(
+            self.model,
+            self.experiment.chat,
+            mix.rows,
+            recipe.repair,
+            folder,
+            recipe.run.seed,
+            identity,
+            mix.left_out,
+        )
 
     def consistency(self, folder: Path, identity: str) -> StageResult:
         """Minimise L_router over the routers at the present experts."""
         recipe, chat = self.experiment.recipe, self.experiment.chat
-        rows = consistency_rows(self.critical.targets, self.rows(), recipe.consistency.benign_weight)
-        return make_routing_consistent(self.model, chat, rows, recipe.consistency, folder, recipe.run.seed, identity)
+        rows = consistency_rows(self.critical.targets, self.mix().rows, recipe.consistency.benign_weight)
+        longest = recipe.repair.trainer_arguments["max_length"]
+        return make_routing_consistent(
+            self.model, chat, rows, recipe.consistency, folder, recipe.run.seed, identity, longest
+        )
 
-    def rows(self) -> list[TrainingRow]:
+    def mix(self) -> Mix:
         """Rows of the repair stage, from the original model's own replies."""
         if self.made is None:
             with self.model.original() as original:
                 self.made = self._answered_by(original.model)
         return self.made
 
-    def _answered_by(self, original: PreTrainedModel) -> list[TrainingRow]:
+    def _answered_by(self, original: PreTrainedModel) -> Mix:
         experiment, recipe = self.experiment, self.experiment.recipe
         return repair_rows(
             self.critical.targets,
@@ -72,7 +117,7 @@ class Stages:
 
     def texts(self) -> list[tuple[Conversation, Reply]]:
         """Jailbroken and harmless (prompt, reply) turns on which routing drift is measured."""
-        rows = self.rows()
+        rows = self.mix().rows
         jailbreaks = [(row.prompt, row.reply) for row in rows if row.source == "jailbreak"][:SHOWN]
         return jailbreaks + [(row.prompt, row.reply) for row in rows if row.stream == "retain"][:SHOWN]
 
@@ -81,8 +126,8 @@ class Stages:
         copy = self.experiment.reloaded()
         seed, repair = copy.recipe.run.seed, copy.recipe.repair
         # Asked before the split: the copy is the original model.
-        rows = self.made if self.made is not None else self._answered_by(copy.model)
-        other = Stages(copy, split(copy, self.critical.experts.random_like(seed), repair), self.critical, rows)
+        mix = self.made if self.made is not None else self._answered_by(copy.model)
+        other = Stages(copy, split(copy, self.critical.experts.random_like(seed), repair), self.critical, mix)
         for number, (_, kind) in enumerate(copy.recipe.training):
             other.kinds[kind](copy.folder / "stages" / "control" / str(number), identity)
         return copy
