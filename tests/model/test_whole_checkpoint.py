@@ -149,7 +149,8 @@ def test_an_index_beside_a_single_file_is_refused(checkpoint: Path) -> None:
 
 def test_an_index_that_names_the_single_file_is_clear(checkpoint: Path) -> None:
     names = dict.fromkeys(load_file(checkpoint / "model.safetensors"), "model.safetensors")
-    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    index = {"metadata": {}, "weight_map": names}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
     assert torch.equal(read_model(checkpoint, "auto")(token_ids()).logits, tiny_model()(token_ids()).logits)
 
 
@@ -162,8 +163,13 @@ def test_an_index_that_names_a_missing_file_or_disagrees_with_one_is_refused(che
         ({name: file for name, file in names.items() if name != GATE}, f"holds tensor {GATE!r}, which"),
         ({**names, GATE: "model-9.safetensors"}, "model-9.safetensors: missing; the checkpoint is not whole"),
     ):
-        (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": changed}))
+        (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": changed}))
         assert said in refusal(checkpoint)
+
+
+def test_an_index_without_metadata_is_refused(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": sharded(checkpoint)}))
+    assert "model.safetensors.index.json: holds no 'metadata', which transformers asks for" in refusal(checkpoint)
 
 
 @pytest.mark.parametrize("kept", [0, 4, 8, 100, -1])

@@ -50,9 +50,9 @@ class FileNames:
         return self._made[1][name]
 
     @property
-    def layers(self) -> list[list[str]]:
+    def by_layer(self) -> list[str]:
         """The names in the files, those of one layer together."""
-        return [list(group) for _, group in groupby(self._layer_of, key=self._layer_of.__getitem__)]
+        return list(self._layer_of)
 
 
 def hub_names(model: PreTrainedModel, names: Iterable[str] | None = None) -> FileNames:

@@ -96,6 +96,8 @@ class CheckpointFiles:
                 f"{self.folder}: holds {SINGLE} beside {INDEX}, which names {self.files[0]}; it is not clear which "
                 "weights are meant; remove one of the two"
             )
+        if self.index is not None and not isinstance(self.index.get("metadata"), dict):
+            raise UserError(f"{self.folder / INDEX}: holds no 'metadata', which transformers asks for; allowed: {{}}")
         every = {file: set(self._handle(file).keys()) for file in self.files}
         for file, held in every.items():
             if held != named[file]:

@@ -43,8 +43,8 @@ def refuse_incomplete(
         for name in sorted(names.shapes.keys() & files.file_of.keys()):
             if names.shapes[name].is_floating_point() and _INTEGER_TYPES.fullmatch(files.dtype(name)):
                 raise UserError(
-                    f"{files.folder / files.file_of[name]}: tensor {name!r} is stored as {files.dtype(name)}; allowed: "
-                    "a floating-point type"
+                    f"{files.folder / files.file_of[name]}: tensor {name!r} is stored as {files.dtype(name)}; "
+                    "allowed: a floating-point type"
                 )
 
 
