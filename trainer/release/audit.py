@@ -25,9 +25,9 @@ from trainer.release.rewrite import other_files
 from trainer.release.trained import Trained
 
 RELOAD_TOLERANCE = {4: 1e-3, 2: 5e-2}
-"""Bytes of the narrowest type, of the model or its files -> how far the logits of the trained model and of the one read
-back may be apart, as a share of their size (root mean square). Split experts add up in another order than fused ones,
-and in 16 bits a token near a tie then takes another expert.
+"""Bytes of the narrowest type, of the model or its files -> how far the logits of the trained model and of the one
+read back may be apart, as a share of their size (root mean square). Split experts add up in another order than fused
+ones, and in 16 bits a token near a tie then takes another expert.
 """
 
 
@@ -134,6 +134,9 @@ class _Moved:
         if old.shape != new.shape or old.dtype != new.dtype:
             self.tensors += 1
             self.outside.append(name)
+            if name in self.where.routers:
+                self.gates += new.numel()
+                self.gates_changed += new.numel()
             return
         differs = bits(old) != bits(new)
         rows = changed_rows(differs)
