@@ -258,8 +258,8 @@ class Backbone:
                 handle.remove()
         if not torch.isfinite(logits).all():
             raise ValueError(
-                f"the model's logits are NaN or infinite on {ids.numel()} random tokens, in {logits.dtype}: its weights are "
-                "damaged, or its type is too narrow; try bfloat16 or float32"
+                f"the model's logits are NaN or infinite on {ids.numel()} random tokens, in {logits.dtype}: its "
+                "weights are damaged, or its type is too narrow; try bfloat16 or float32"
             )
         for layer in self.layers:
             _check_layer(layer, routed.get(layer.index), called.get(layer.index), ids.numel())
