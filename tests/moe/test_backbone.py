@@ -121,3 +121,12 @@ def test_check_leaves_no_hook_and_the_training_mode_behind() -> None:
     Backbone.of(model).check()
     assert model.training
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_logits_that_are_not_finite_are_called_that() -> None:
+    model = tiny_model()
+    model.lm_head.weight.data.fill_(3e38)
+    with pytest.raises(
+        ValueError, match=r"the model's logits are NaN or infinite on 16 random tokens, in torch.float32"
+    ):
+        Backbone.of(model).check()

@@ -20,7 +20,7 @@ from trainer.moe.expert_set import ExpertSet, Member
 from trainer.moe.footprint import Footprint
 from trainer.recipe.sections import ExportSection
 from trainer.release.audit import audit_files, reload_check
-from trainer.release.export import save_checkpoint
+from trainer.release.export import export_checkpoint, save_checkpoint
 from trainer.release.places import Places
 
 CPU = torch.device("cpu")
@@ -90,14 +90,18 @@ def test_full_fine_tuning_has_no_outside(repaired: Repaired) -> None:
     assert (audit["untouched_identical"], audit["moved_outside"], audit["experts_changed"]) == (None, [], 2)
 
 
-def test_a_base_stored_in_another_type_is_cast_first_and_the_audit_says_so(tmp_path: Path) -> None:
+def test_a_checkpoint_in_another_type_than_its_base_has_moved(tmp_path: Path) -> None:
     save_checkpoint(tiny_model(dtype=torch.bfloat16), tiny_tokenizer(), tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     experts = change(model, [(0, 1)])
     save_checkpoint(model, tiny_tokenizer(), tmp_path / "model")
     audit = audit_files(tmp_path / "base", tmp_path / "model", allowed(model, experts))
-    assert (audit["untouched_identical"], audit["base_cast_to"]) == (True, "float32")
-    assert audit["experts_changed"] == 1
+    assert audit["untouched_identical"] is False
+    assert len(audit["moved_outside"]) == len(load_file(tmp_path / "base/model.safetensors"))
+    # As a run exports it: in the base's types, where the recipe asked for another one to train in.
+    export_checkpoint(model, tmp_path / "base", tmp_path / "exported")
+    audit = audit_files(tmp_path / "base", tmp_path / "exported", allowed(model, experts))
+    assert (audit["untouched_identical"], audit["experts_changed"], audit["files_differ"]) == (True, 1, [])
 
 
 @pytest.mark.parametrize("moved", [False, True])
@@ -244,7 +248,8 @@ def test_the_checkpoint_reloads_to_the_same_logits(family: str, tmp_path: Path) 
     save_checkpoint(model, tiny_tokenizer(), tmp_path / "model")
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "model")(token_ids()).logits, logits)
     found = reloaded(model, tmp_path / "model", logits)
-    assert found == {"reload_max_logit_difference": 0.0, "reload_ok": True}
+    assert (found["reload_max_logit_difference"], found["reload_difference"], found["reload_ok"]) == (0.0, 0.0, True)
+    assert found["not_as_trained"] is None and found["reload_tokens"] == 30
 
 
 def test_a_checkpoint_whose_critical_experts_are_zeroed_fails_the_reload_check(tmp_path: Path) -> None:

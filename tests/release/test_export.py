@@ -85,7 +85,7 @@ from tests.tiny import tiny_tokenizer
 from trainer.recipe.sections import ExportSection
 from trainer.moe.footprint import Footprint
 from trainer.release.audit import audit_files
-from trainer.release.export import save_checkpoint
+from trainer.release.export import export_checkpoint, save_checkpoint
 folder = pathlib.Path(sys.argv[1])
 config = OlmoeConfig(hidden_size=256, intermediate_size=512, num_experts=24, num_hidden_layers=8, vocab_size=512,
                      num_attention_heads=4, num_key_value_heads=4, pad_token_id=0, eos_token_id=1)
@@ -102,7 +102,8 @@ def peak_of(task):
     task(); done.append(True); thread.join()
     return peak[0] - start
 print(sum(p.numel() for p in model.parameters()) * 4)
-print(peak_of(lambda: save_checkpoint(model, tokenizer, folder / "model", small)))
+with torch.no_grad(): model.model.layers[3].mlp.experts.down_proj[5] += 1
+print(peak_of(lambda: export_checkpoint(model, folder / "small", folder / "model")))
 everything = Footprint.everything(model)
 del model
 print(peak_of(lambda: audit_files(folder / "small", folder / "model", everything)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,6 @@ import transformers
 from accelerate import PartialState
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     Mxfp4Config,
     PreTrainedConfig,
@@ -22,7 +23,10 @@ from transformers import (
 from transformers.utils import logging
 
 from data_prep.errors import UserError
+from trainer.model.config import read_config
 from trainer.model.tokenizer import read_tokenizer
+from trainer.model.weight_files import CheckpointFiles, local_folder
+from trainer.model.whole_checkpoint import problem, refuse_incomplete, refuse_not_finite
 from trainer.recipe.sections import ModelSection
 
 if not sys.stderr.isatty():
@@ -56,19 +60,48 @@ def read_model(
     """The model of a folder or Hub id in evaluation mode, whole, on the CPU; one stored in MXFP4 as plain tensors.
 
     Raises:
-        UserError: weights in another quantised format.
+        UserError: weights in another quantised format; a configuration that no model can be built from; files that
+            are damaged, ambiguous, lack or misshape a tensor, or hold NaN or infinity.
     """
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(name, **common)
+    config = read_config(name, revision=revision, trust_remote_code=trust_remote_code)
     unpacked = _unpacked(str(name), config)
-    model: PreTrainedModel = class_of(config, trust_remote_code).from_pretrained(
-        name, config=config, dtype=dtype, use_safetensors=True, **unpacked, **common
-    )
+    with CheckpointFiles(local_folder(str(name), revision)) as files:
+        files.check()
+        try:
+            with _quiet():
+                model, info = class_of(config, trust_remote_code).from_pretrained(
+                    name,
+                    config=config,
+                    dtype=dtype,
+                    use_safetensors=True,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                    **unpacked,
+                    **common,
+                )
+        except RuntimeError as error:  # tensors that cannot be put together: the files say which
+            wrong = problem(skeleton(config, trust_remote_code=trust_remote_code), files)
+            raise UserError(wrong or f"{name}: cannot be loaded: {str(error).splitlines()[0]}") from error
+        refuse_incomplete(model, files, info, packed=bool(unpacked))
+        refuse_not_finite(model, files)
     if unpacked:
         # The rules of the load would name the plain tensors `..._blocks` when they are written, and nothing could load
         # them (huggingface/transformers#44983); without them those of the class hold.
         model._weight_conversions = None
-    return model.eval()
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings of transformers: what it says about a load in a table is checked, or expected, here."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def skeleton(
@@ -76,16 +109,11 @@ def skeleton(
 ) -> PreTrainedModel:
     """The model of a configuration on the meta device: tensors have shapes and no bytes."""
     kind, config = class_of(config, trust_remote_code), copy.deepcopy(config)
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with torch.device("meta"):
-            if kind is AutoModelForCausalLM:
-                model: PreTrainedModel = kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-            else:
-                model = kind._from_config(config, dtype=dtype)
-    finally:
-        logging.set_verbosity(level)
+    with _quiet(), torch.device("meta"):
+        if kind is AutoModelForCausalLM:
+            model: PreTrainedModel = kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        else:
+            model = kind._from_config(config, dtype=dtype)
     return model.eval()
 
 
@@ -95,9 +123,7 @@ def hollow(section: ModelSection, dtypes: dict[str, torch.dtype]) -> PreTrainedM
     Args:
         dtypes: name -> type of every parameter and buffer of the model to be filled in.
     """
-    config = AutoConfig.from_pretrained(
-        section.name_or_path, revision=section.revision, trust_remote_code=section.trust_remote_code
-    )
+    config = read_config(section.name_or_path, revision=section.revision, trust_remote_code=section.trust_remote_code)
     if _unpacked(section.name_or_path, config):
         del config.quantization_config
     model = skeleton(config, next(iter(dtypes.values())), trust_remote_code=section.trust_remote_code)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +29,7 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".
 
 # Of a repository on the Hub. Top level only: subfolders hold other formats of the same weights.
 _NEEDED = [SINGLE, "*-of-*.safetensors", INDEX, "config.json", "generation_config.json"]
-_OTHERS = ["*.json", "*.jinja", "*.txt", "*.md", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*"]
+_OTHERS = ["*.json", "*.jinja", "*.txt", "*.md", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -69,6 +70,42 @@ class CheckpointFiles:
         """One tensor as a view of the file, read when it is used; the file must stay as it is meanwhile."""
         with safe_open(self.folder / self.file_of[name], "pt") as file:
             return file.get_tensor(name)
+
+    def dtype(self, name: str) -> str:
+        """The type of one tensor as safetensors calls it: F32, BF16, U8 ..."""
+        found: str = self._handle(self.file_of[name]).get_slice(name).get_dtype()
+        return found
+
+    def shape(self, name: str) -> list[int]:
+        """The shape of one tensor."""
+        found: list[int] = self._handle(self.file_of[name]).get_slice(name).get_shape()
+        return found
+
+    def check(self) -> CheckpointFiles:
+        """Open every file and prove that no other reader could find other weights in this folder.
+
+        Raises:
+            UserError: a missing, damaged or truncated file; an index beside a single file that it does not name, or
+                that disagrees with what its files hold.
+        """
+        named: dict[str, set[str]] = defaultdict(set)
+        for name, file in self.file_of.items():
+            named[file].add(name)
+        if self.index is not None and SINGLE not in named and (self.folder / SINGLE).is_file():
+            raise UserError(
+                f"{self.folder}: holds {SINGLE} beside {INDEX}, which names {self.files[0]}; it is not clear which "
+                "weights are meant; remove one of the two"
+            )
+        if self.index is not None and not isinstance(self.index.get("metadata"), dict):
+            raise UserError(f"{self.folder / INDEX}: holds no 'metadata', which transformers asks for; allowed: {{}}")
+        every = {file: set(self._handle(file).keys()) for file in self.files}
+        for file, held in every.items():
+            if held != named[file]:
+                name = min(held ^ named[file])
+                where = f"holds tensor {name!r}, which" if name in held else f"holds no tensor {name!r}, but"
+                does = "does not place there" if name in held else "places it there"
+                raise UserError(f"{self.folder / file}: {where} {INDEX} {does}; index and weights must agree")
+        return self
 
     def metadata(self, file: str) -> dict[str, str] | None:
         """The text metadata in a file's header, None where it has none."""

@@ -240,7 +240,8 @@ class Backbone:
 
         Raises:
             ValueError: a router whose output breaks the contract (among it probabilities instead of logits, as in
-                transformers before 5.6), or experts called with something else than the router's output. A scoring
+                transformers before 5.6), experts called with something else than the router's output, or logits that
+                are not finite. A scoring
                 family that cannot be reproduced is no error (`scoring` stays None): routing can be recorded but not
                 pinned.
         """
@@ -256,11 +257,16 @@ class Backbone:
         vocabulary = min(self.model.get_input_embeddings().weight.shape[0], LOW_TOKENS)
         ids = torch.randint(vocabulary, (2, num_tokens // 2), generator=generator).to(self.model.device)
         try:
-            self.model(input_ids=ids, use_cache=False)
+            logits = self.model(input_ids=ids, use_cache=False).logits
         finally:
             self.model.train(was_training)
             for handle in handles:
                 handle.remove()
+        if not torch.isfinite(logits).all():
+            raise ValueError(
+                f"the model's logits are NaN or infinite on {ids.numel()} random tokens, in {logits.dtype}: its "
+                "weights are damaged, or its type is too narrow; try bfloat16 or float32"
+            )
         for layer in self.layers:
             _check_layer(layer, routed.get(layer.index), called.get(layer.index), ids.numel())
         return self

@@ -24,6 +24,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 from trainer.moe.backbone import Backbone, expert_tensor_names
 from trainer.moe.expert_set import ExpertSet
 from trainer.moe.fp32_weights import Fp32Weights
+from trainer.moe.lora import lora_deltas
 from trainer.moe.modes import evaluating
 from trainer.moe.sharding import assign, gathered, whole
 
@@ -298,6 +299,32 @@ class SplitModel:
             trained = getattr(layer, name) if weights is None else getattr(layer, name) + weights
             value[layer.get_buffer("indices")] = layer.turned(trained.detach()).to(value.dtype)
         return value
+
+    @torch.no_grad()
+    def trained_state(self) -> Iterator[tuple[str, int | None, Tensor]]:
+        """What may be trained, as the forward computes with it: (name in the stock model, expert or None, tensor).
+
+        One expert or one whole tensor at a time, in the stock model's layout and type. For a check of what `fuse` and
+        an export make of it, so it shares nothing with them; LoRA is merged here in fp32. Collective.
+        """
+        for index, chosen in self.expert_set.by_layer().items():
+            layer = self.backbone.layer(index)
+            with gathered(self.backbone, layer.experts):
+                critical = next(m for m in getattr(layer.experts, CHILD).modules() if isinstance(m, CriticalExperts))
+                adapters = lora_deltas(getattr(layer.experts, CHILD))
+                for name in expert_tensor_names(critical):
+                    dtype = getattr(layer.experts, name).dtype
+                    for slot, expert in enumerate(chosen):
+                        value = getattr(critical, name)[slot].detach()
+                        if name in adapters:
+                            value = value.float() + adapters[name](slot)
+                        flipped = layer.experts.is_transposed and value.ndim == 2
+                        yield f"{layer.experts_name}.{name}", expert, (value.T if flipped else value).to(dtype)
+        dtypes = self._routers.dtypes() | self._shared.dtypes()
+        shared = [self.backbone.layer(index).shared_parameters() for index in self.expert_set.shared]
+        for named in (self.backbone.router_parameters(), *shared):
+            for name, parameter in named.items():
+                yield name, None, whole(parameter).to(dtypes[name])
 
     @torch.no_grad()
     def fuse(self) -> None:

@@ -40,6 +40,7 @@ class TrainableModel(Protocol):
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
     def fuse(self) -> None: ...
     def stock_state(self) -> Iterator[tuple[str, Tensor]]: ...
+    def trained_state(self) -> Iterator[tuple[str, int | None, Tensor]]: ...
 
 
 class WholeModel:
@@ -102,6 +103,13 @@ class WholeModel:
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             value = whole(tensor)
             yield name, value.to(dtypes.get(name, value.dtype))
+
+    def trained_state(self) -> Iterator[tuple[str, int | None, Tensor]]:
+        """Every parameter, as `SplitModel.trained_state` gives them."""
+        dtypes = self._others.dtypes() | self._routers.dtypes()
+        for name, parameter in self.model.named_parameters():
+            value = whole(parameter)
+            yield name, None, value.to(dtypes.get(name, value.dtype))
 
 
 def _outside_of_routers(backbone: Backbone) -> dict[str, nn.Module]:

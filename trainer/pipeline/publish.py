@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from data_prep.errors import UserError
@@ -23,9 +24,10 @@ from trainer.moe.trainable import TrainableModel
 from trainer.pipeline.experiment import Experiment
 from trainer.pipeline.measure import changes
 from trainer.recipe.sections import ExportSection
-from trainer.release.audit import audit_files, reload_check
-from trainer.release.export import save_checkpoint
+from trainer.release.audit import audit_files, logits_of, refuse_failed, reload_check
+from trainer.release.export import export_checkpoint
 from trainer.release.patch import ABOUT, TENSORS, write_patch
+from trainer.release.trained import Trained
 from trainer.reporting import html
 from trainer.reporting.method_report import Report
 from trainer.run.step import Kept, Step
@@ -34,6 +36,9 @@ from trainer.runtime.files import atomic_write
 
 EVALUATION_VERSION = 1
 """Of `evaluation.json`; docs/evaluation-json.md."""
+
+PROBED = 128
+"""Tokens of prompts, and as many drawn ones, on which the trained and the exported model are compared."""
 
 MOVED = (
     "experts_changed",
@@ -53,6 +58,7 @@ def export_and_audit(
     after: Sequence[Step[Any]],
     experts: ExpertSet | None = None,
     reads: Sequence[str] = (),
+    trained: TrainableModel | None = None,
 ) -> dict[str, Any]:
     """Write the checkpoint, reload it from disk and prove what moved; `audit.json`.
 
@@ -61,30 +67,36 @@ def export_and_audit(
         footprint: what the stages may have changed.
         experts: the critical experts, to be named in the patch.
         reads: the recipe's sections that the edit depends on, where no step before it does.
+        trained: the model as it was trained, which `stock` makes the stock model of: the export is held against it.
 
     Raises:
-        RuntimeError: something outside the footprint moved, or the reloaded checkpoint answers differently. The
-            checkpoint is kept for inspection, the step does not count as done.
+        AuditFailed: something outside the footprint moved, the export is not what was trained or not the base's
+            folder, nothing was trained, or the reloaded checkpoint answers differently. The checkpoint is kept for
+            inspection, the step does not count as done.
     """
     audit_path, folder = experiment.folder / "audit.json", experiment.folder / "model"
     patch = [experiment.folder / name for name in (TENSORS, ABOUT)]
 
     def make() -> dict[str, Any]:
-        vocabulary = experiment.model.config.get_text_config().vocab_size
-        ids = torch.arange(8).unsqueeze(0) % vocabulary
+        ids = probe(experiment)
+        base = local_folder(experiment.recipe.model.name_or_path, experiment.recipe.model.revision, others=True)
+        before = None if trained is None else Trained.of(trained, base, keep=is_main_process())
+        logits = None if trained is None else _logits_of_trained(trained, ids)
         model = stock()
         if model is None:
             return {}
-        with torch.no_grad():
-            logits = model(input_ids=ids, use_cache=False).logits
-        save_checkpoint(model, experiment.chat.tokenizer, folder, section)
+        logits = logits_of(model, ids) if logits is None else logits
+        export_checkpoint(model, base, folder, section)
         dtype = model.dtype
         del model  # of a sharded model the one whole copy: what is read back takes its place
-        base = local_folder(experiment.recipe.model.name_or_path, experiment.recipe.model.revision)
         audit = audit_files(base, folder, footprint)
-        audit |= reload_check(folder, logits, ids, dtype=dtype, device=torch.device("cpu"))
+        audit |= reload_check(folder, logits, ids, dtype=dtype, device=torch.device("cpu"), trained=before)
         atomic_write(audit_path, json.dumps(audit, indent=1))
-        _refuse_failed(audit, folder)
+        refuse_failed(audit, folder)
+        if audit["not_exported"]:
+            say(f"audit: in the base and not in the export: {', '.join(audit['not_exported'][:8])}")
+        if audit["not_moved"]:
+            say(f"audit: did not change, though it was to be trained: {', '.join(audit['not_moved'][:8])}")
         if section.patch and audit["untouched_identical"] is not None:
             _write_patch(experiment, base, folder, footprint, experts)
         if not section.model:
@@ -104,11 +116,30 @@ def export_and_audit(
     return experiment.step("export", make, Kept(written, files, read), reads=["export", *reads], after=after).value
 
 
-def _refuse_failed(audit: dict[str, Any], folder: Path) -> None:
-    if audit["moved_outside"]:
-        raise RuntimeError(f"{folder}: moved outside the footprint: {audit['moved_outside'][:5]}")
-    if not audit["reload_ok"]:
-        raise RuntimeError(f"{folder}: reloaded logits differ by {audit['reload_max_logit_difference']:.3g}")
+def probe(experiment: Experiment[Any]) -> Tensor:
+    """Token ids [8, 32] to ask the trained and the exported model: half of them chat prompts of the corpus, half drawn
+    from the whole vocabulary, so that more experts are reached than the prompts use.
+    """
+    draw = torch.Generator().manual_seed(experiment.recipe.run.seed)
+    tokenizer = experiment.chat.tokenizer
+    vocabulary = experiment.model.config.get_text_config().vocab_size
+    added = set(tokenizer.get_added_vocab().values())
+    words = torch.tensor([token for token in range(min(vocabulary, len(tokenizer))) if token not in added])
+    openings = (experiment.chat.opening(goal.conversation) for goal in experiment.corpus.harmful.train[:PROBED])
+    asked = [token for opening in openings for token in opening][:PROBED]
+    drawn = words[torch.randint(len(words), (2 * PROBED - len(asked),), generator=draw)]
+    return torch.cat([torch.tensor(asked, dtype=torch.long), drawn]).view(8, -1)
+
+
+def _logits_of_trained(trained: TrainableModel, ids: Tensor) -> Tensor | None:
+    """Logits before anything is fused; None of a quantised model, which answers otherwise than its export must."""
+    if is_quantised(trained.model):
+        return None
+    if not is_sharded(trained.model):
+        if not is_main_process():
+            return None
+        trained.model.cpu()  # where the checkpoint is read back: another device adds up in another order
+    return logits_of(trained.model, ids)
 
 
 def _write_patch(

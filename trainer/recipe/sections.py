@@ -191,5 +191,7 @@ class ExportSection(Section):
     model: bool = Field(True, description="keep the stock checkpoint <run>/model; false: only audit it")
     patch: bool = Field(True, description="write patch.safetensors and patch.json, the difference to the base")
     max_shard_size: str = Field(
-        "5GB", pattern=r"^[1-9][0-9]{0,5}(KB|MB|GB)$", description="largest weight file of the checkpoint: 500MB, 5GB"
+        "5GB",
+        pattern=r"^[1-9][0-9]{0,5}(KB|MB|GB)$",
+        description="largest weight file where the base cannot be cut as it is (MXFP4, older names): 500MB",
     )

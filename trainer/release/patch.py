@@ -21,7 +21,7 @@ from transformers import AutoConfig
 
 from data_prep.errors import UserError
 from trainer.model.load import skeleton
-from trainer.model.weight_files import INDEX, WEIGHTS, CheckpointFiles, bits, digest, local_folder
+from trainer.model.weight_files import INDEX, CheckpointFiles, bits, digest, local_folder
 from trainer.moe.expert_set import ExpertSet
 from trainer.moe.footprint import Footprint
 from trainer.recipe.errors import shown
@@ -29,6 +29,7 @@ from trainer.release import patch_checks
 from trainer.release.new_folder import check_new, new_folder
 from trainer.release.patch_checks import CONFIGS
 from trainer.release.places import Places, changed_rows
+from trainer.release.rewrite import copy_other_files, write_like
 from trainer.runtime.files import (
     atomic_write,
     save_tensors,
@@ -194,7 +195,7 @@ def write_patch(
             )
             for file in after.files
         }
-        index_metadata = after.index["metadata"] if after.index is not None else None
+        index_metadata = after.index.get("metadata", {}) if after.index is not None else None
         out.mkdir(parents=True, exist_ok=True)
         save_tensors(out / TENSORS, tensors)
     found = (
@@ -285,11 +286,17 @@ def apply_patch(base: str, patch: Path, out: Path, revision: str | None = None) 
         _check_base(before, content, about)
         untouched = _Untouched()
         for file, layout in about.files.items():
-            tensors = {}
-            for name in layout.tensors:
-                tensors[name] = content.applied(name, before)
+
+            def tensor(name: str) -> Tensor:
+                made = content.applied(name, before)
                 if name not in about.tensors:
-                    untouched.add(name, tensors[name])
+                    untouched.add(name, made)
+                return made
+
+            if _as_in(before, file, layout, about.cast):
+                write_like(folder / file, partial / file, tensor)
+                continue
+            tensors = {name: tensor(name) for name in layout.tensors}
             with tensor_errors_as_oserror(out / file):
                 write_tensors(partial / file, tensors, layout.metadata)
             del tensors
@@ -350,13 +357,23 @@ def _check_base(before: CheckpointFiles, content: _Content, about: About) -> Non
         content.check_fits(name, old)
 
 
+def _as_in(base: CheckpointFiles, file: str, layout: File, cast: Mapping[str, str]) -> bool:
+    """Whether the base has this file with the same tensors, so that its header can be kept."""
+    names = {name for name, of in base.file_of.items() if of == file}
+    return names == set(layout.tensors) and not names & cast.keys() and base.metadata(file) == layout.metadata
+
+
 def _write_other_files(base: Path, about: About, out: Path) -> None:
-    for path in sorted(base.iterdir()):
-        if path.is_file() and path.suffix not in WEIGHTS and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, out / path.name)
+    copy_other_files(base, out)
     for name, text in about.configs.items():
         (out / name).write_text(text)
-    if about.index_metadata is not None:
+    with CheckpointFiles(base) as before:
+        same = before.index is not None and all(
+            _as_in(before, file, layout, {}) for file, layout in about.files.items()
+        )
+    if same:
+        shutil.copyfile(base / INDEX, out / INDEX)
+    elif about.index_metadata is not None:
         weight_map = {name: file for file, layout in about.files.items() for name in layout.tensors}
         index = {"metadata": about.index_metadata, "weight_map": weight_map}
         (out / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

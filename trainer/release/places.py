@@ -55,7 +55,7 @@ class Places:
         self.experts: dict[str, int] = {}
         fused = backbone.expert_parameters()
         layers = {name: layer for layer in backbone for name in fused if name.startswith(layer.experts_name + ".")}
-        found = {name: ((name,), None) for name in names} if converted else _targets(model, names)
+        found = {name: ((name,), None) for name in names} if converted else targets_of(model, names)
         count, position = Counter(found.values()), Counter[tuple[tuple[str, ...], str | None]]()
         # Experts are stacked in the natural order of their names.
         for name in sorted(found, key=dot_natural_key):
@@ -109,7 +109,7 @@ def changed_rows(differs: Tensor) -> list[int]:
     return per_row.nonzero()[:, 0].tolist()
 
 
-def _targets(model: PreTrainedModel, names: Iterable[str]) -> dict[str, tuple[tuple[str, ...], str | None]]:
+def targets_of(model: PreTrainedModel, names: Iterable[str]) -> dict[str, tuple[tuple[str, ...], str | None]]:
     """Tensor name -> (parameters it is loaded into, the pattern of the rule that does more than rename it)."""
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]

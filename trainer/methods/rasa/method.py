@@ -107,6 +107,7 @@ def export(stages: Stages, last: Step[Any]) -> dict[str, Any]:
         reduce(or_, declared, Footprint()),
         [last],
         None if experiment.recipe.repair.scope == "full" else experts,
+        trained=stages.model,
     )
 
 
