@@ -356,7 +356,7 @@ def test_a_steering_of_another_model_is_refused(model: object, message: str, tmp
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "x"}, "format 'x', this release reads"),
+        ({"format": "x"}, 'format: found "x", expected'),
         ({"activate": [[0, 3]], "deactivate": [[0, 3]]}, "in both activate and deactivate"),
         ({"activate": [[0, 99]]}, "expert 99 of layer 0 does not exist"),
         ({"activate": [[0]]}, "not a usable steering file"),
@@ -372,7 +372,7 @@ def test_a_damaged_steering_file_is_refused_by_name(change: dict[str, object], m
         SteeringFile.load(path)
     assert str(path) in str(refused.value)
     path.write_text(json.dumps({k: v for k, v in whole.items() if k != "top_k"}))
-    with pytest.raises(ValueError, match="key 'top_k' is missing"):
+    with pytest.raises(ValueError, match="top_k: the key is missing"):
         SteeringFile.load(path)
 
 

@@ -57,9 +57,9 @@ def _on_signal(_number: int, _frame: FrameType | None) -> None:
 
 @contextmanager
 def time_limit(seconds: float, error: Exception) -> Iterator[None]:
-    """Raise `error` inside where it takes longer; Python code alone can be broken off so.
+    """Raise `error` inside once the process has computed for longer, however busy the machine is with others.
 
-    Off the main thread, where signals do not arrive, there is no limit.
+    Python code alone can be broken off so. Off the main thread, where signals do not arrive, there is no limit.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -68,10 +68,10 @@ def time_limit(seconds: float, error: Exception) -> Iterator[None]:
     def on_alarm(_number: int, _frame: FrameType | None) -> None:
         raise error
 
-    former = signal.signal(signal.SIGALRM, on_alarm)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    former = signal.signal(signal.SIGVTALRM, on_alarm)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, former)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, former)
