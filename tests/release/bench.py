@@ -12,7 +12,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from data_prep.schema import Conversation, Prompt
 from tests.tiny import tiny_tokenizer
+from trainer.model.chat import Chat
 from trainer.model.load import read_model
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet, Member
@@ -82,12 +84,12 @@ class Bench:
             run=SimpleNamespace(seed=0),
             hash=lambda: "0" * 64,
         )
-        prompts = [SimpleNamespace(text=f"w{i} w{i + 1} w{i + 2}") for i in range(40)]
+        prompts = [Prompt(f"g:{i}", Conversation.of(f"w{i} w{i + 1} w{i + 2}"), "harmful") for i in range(40)]
         experiment: Any = SimpleNamespace(
             recipe=recipe,
             folder=self.folder,
             model=self.trained.model,
-            tokenizer=self.tokenizer,
+            chat=Chat(self.tokenizer),
             corpus=SimpleNamespace(harmful=SimpleNamespace(train=prompts)),
             versions={},
             step=_step,

@@ -124,7 +124,10 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
         forged(lambda tree: tree["before"]["asr_unseen"].update(n=10**6)),
         "evaluation.json: before: found other figures",
     ),
-    "a change made certain": (forged(lambda tree: tree.update(changes={"asr_seen": {}})), "evaluation.json: changes:"),
+    "a change made certain": (
+        forged(lambda tree: tree.update(changes={"asr_seen": {"difference": -1.0, "ci95": [-1.0, -1.0], "p": 0.0}})),
+        "evaluation.json: changes:",
+    ),
     "changes left out": (forged(lambda tree: tree.pop("changes")), "evaluation.json: changes:"),
     "a gap made small": (
         forged(lambda tree: tree["diagnostics"].update(router_restore_gap=0.0)),
@@ -141,7 +144,7 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     ),
     "a caution taken away": (lambda run: (run / "pairs.jsonl").write_text(""), "pairs.jsonl: missing, or changed"),
     "an audit edited": (
-        lambda run: edit(run / "audit.json", lambda tree: tree.update(reload_ok=1)),
+        lambda run: edit(run / "audit.json", lambda tree: tree.update(gate_weights_changed=0.5)),
         "audit.json: missing, or changed since the run's audit",
     ),
     "experts edited": (

@@ -194,7 +194,7 @@ class RoutingConsistencyTrainer(ResumableTrainer):
         losses = []
         for layer in self.trained.backbone:
 
-            def routing(trace: Trace, number: int, at: slice, temperature: float = 1.0) -> Tensor:
+            def routing(trace: Trace, number: int, at: slice, temperature: float) -> Tensor:
                 logits_BSE = trace.logits_TE[layer.index].view(len(rows), -1, layer.num_experts)  # noqa: B023
                 return layer.log_distribution(logits_BSE[number, at].detach(), temperature)  # noqa: B023
 
@@ -206,7 +206,7 @@ class RoutingConsistencyTrainer(ResumableTrainer):
                     sides.append(routing(trace, number, at, section.temperature))
                 losses.append(routing_row(sides[0], sides[1], section.position, section.direction))
                 if kept is not None:
-                    original, now = (routing(trace, number, slice(len(row["benign_ids"]))) for trace in kept)
+                    original, now = (routing(trace, number, slice(len(row["benign_ids"])), 1.0) for trace in kept)
                     losses[-1] += section.benign_weight * routing_row(original, now, RESPONSE_TOKENS, "forward")
         return sum(losses) / len(losses)
 
