@@ -186,3 +186,12 @@ def test_what_a_page_points_at_is_there(path: Path) -> None:
     for module in re.findall(r"python -m ((?:trainer|tests|data_prep)[\w.]*)", text):
         at = ROOT / module.replace(".", "/")
         assert at.is_dir() or at.with_suffix(".py").exists(), f"{path.name} runs {module}"
+
+
+def test_every_test_that_the_page_of_checks_names_is_there() -> None:
+    page = (ROOT / "docs" / "limits-we-check.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(test_\w+)`", page))
+    there = {
+        found for path in (ROOT / "tests").rglob("*.py") for found in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    assert len(named) > 40 and not named - there
