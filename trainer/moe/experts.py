@@ -319,7 +319,9 @@ class SplitModel:
                         if name in adapters:
                             value = value.float() + adapters[name](slot)
                         flipped = layer.experts.is_transposed and value.ndim == 2
-                        yield f"{layer.experts_name}.{name}", expert, (value.T if flipped else value).to(dtype)
+                        # A copy: FSDP2 frees the storage behind a gathered parameter, also under a view that is kept.
+                        own = (value.T if flipped else value).to(dtype, copy=True)
+                        yield f"{layer.experts_name}.{name}", expert, own
         dtypes = self._routers.dtypes() | self._shared.dtypes()
         shared = [self.backbone.layer(index).shared_parameters() for index in self.expert_set.shared]
         for named in (self.backbone.router_parameters(), *shared):
