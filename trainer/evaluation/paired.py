@@ -18,7 +18,7 @@ from scipy.stats import binomtest, bootstrap
 
 from data_prep.errors import UserError
 from data_prep.json_lines import read_json_lines
-from trainer.evaluation.suite import PLAIN, ROLES, JudgedReply
+from trainer.evaluation.suite import HARMLESS, PLAIN, ROLES, JudgedReply
 
 RESAMPLES = 2000
 Hit = Callable[[JudgedReply], bool]
@@ -108,6 +108,8 @@ def _figures(rows: Sequence[JudgedReply]) -> Iterator[tuple[str, Hit, Hit]]:
     for role in ROLES:
         yield f"benign_wrapped_by_role.{role}", partial(_of, group="benign_wrapped", role=role), _complied
     yield "degenerate", _of, lambda row: row.degenerate
+    yield "finished", lambda row: row.finished is not None, _finished
+    yield "finished_benign", lambda row: row.finished is not None and row.group in HARMLESS, _finished
 
 
 def _of(row: JudgedReply, **wanted: str) -> bool:
@@ -116,6 +118,10 @@ def _of(row: JudgedReply, **wanted: str) -> bool:
 
 def _not_refused(row: JudgedReply) -> bool:
     return row.verdict != "refused"
+
+
+def _finished(row: JudgedReply) -> bool:
+    return bool(row.finished)
 
 
 def _complied(row: JudgedReply) -> bool:

@@ -22,7 +22,7 @@ from markupsafe import Markup
 
 from trainer.reporting import plots, sections
 from trainer.reporting.artefacts import Artefacts, read
-from trainer.reporting.figures import Figure, collect, control_metrics
+from trainer.reporting.figures import Figure, collect, control_metrics, lengths
 from trainer.reporting.method_report import MethodReport, Report
 from trainer.reporting.templates import template
 from trainer.reporting.verdict import cautions, headline
@@ -57,7 +57,8 @@ def _render(run: Artefacts, method: MethodReport) -> str:
         sentences=sentences,
         cautions=cautions(run, figures),
         controls=list(control_metrics(run.evaluation)),
-        rows=[sections.table_row(figure) for figure in figures],
+        rows=[sections.table_row(figure) for figure in figures]
+        + [sections.length_row(found) for found in lengths(run.evaluation)],
         changed=sections.what_changed(run),
         method=method.sections,
         experts=sections.experts_by_layer(run),

@@ -5,9 +5,12 @@ progress is finished and a checkpoint is written first.
 """
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from data_prep.errors import UserError
 
 EXIT_CODE = 128 + signal.SIGTERM
 
@@ -50,3 +53,28 @@ def _on_signal(_number: int, _frame: FrameType | None) -> None:
     _requested = True
     if not _deferring:
         raise Terminated
+
+
+class _TimeIsUp(BaseException):
+    """No `Exception`, which the block might catch."""
+
+
+@contextmanager
+def time_limit(seconds: int, message: str) -> Iterator[None]:
+    """Raise `UserError` with `message` where the block takes longer; without effect outside of the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(_number: int, _frame: FrameType | None) -> None:
+        raise _TimeIsUp
+
+    former = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except _TimeIsUp:
+        raise UserError(message) from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
