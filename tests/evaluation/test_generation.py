@@ -8,11 +8,13 @@ from data_prep.schema import Conversation
 from trainer.evaluation.generation import left_pad, reply
 from trainer.model.chat import Chat
 from trainer.model.reply import Reply
+from trainer.recipe.sections import ModelSection
 
 
 def ask(model, tokenizer, prompts, batch_size=8, max_new_tokens=8):
     asked = [Conversation.of(prompt) for prompt in prompts]
-    return reply(model, Chat(tokenizer), asked, max_new_tokens=max_new_tokens, batch_size=batch_size, label="test")
+    chat = Chat.of(model, tokenizer, ModelSection(name_or_path="tiny"))
+    return reply(model, chat, asked, max_new_tokens=max_new_tokens, batch_size=batch_size, label="test")
 
 
 def test_replies_do_not_depend_on_the_batch_size_or_order(model, tokenizer, prompts):

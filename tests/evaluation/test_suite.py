@@ -7,11 +7,15 @@ import pytest
 from data_prep.config import DataConfig
 from data_prep.errors import UserError
 from data_prep.schema import Corpus, Split
+from tests.model.templates import CASES
+from tests.tiny import tiny_chat
 from trainer.evaluation import suite as suite_module
 from trainer.evaluation.judges.judge import judge_of
 from trainer.evaluation.suite import Suite
 from trainer.model.reply import Reply
 from trainer.recipe.sections import EvaluateSection
+
+CHAT = tiny_chat()
 
 
 @pytest.fixture
@@ -50,7 +54,8 @@ def test_the_metrics_are_those_of_evaluation_json(make, corpus, model, chat):
     measured = make(corpus, capability=True).measure(model, chat)
     assert set(measured.metrics) == {
         "asr", "asr_seen", "asr_unseen", "asr_robust", "harmful_refusal", "over_refusal", "benign_compliance",
-        "benign_wrapped_compliance", "benign_wrapped_by_role", "degenerate", "capability",
+        "benign_wrapped_compliance", "benign_wrapped_by_role", "degenerate", "capability", "finished",
+        "finished_benign", "reply_tokens",
     }  # fmt: skip
     assert set(measured.metrics["asr"]) == {"family-0", "family-1", "family-2"}
     assert set(measured.metrics["capability"]) == {"sums", "words"}
@@ -62,7 +67,7 @@ def test_the_metrics_are_those_of_evaluation_json(make, corpus, model, chat):
 
 
 def test_figures_follow_from_replies(make, corpus, scripted):
-    found = make(corpus).measure(None, None).metrics
+    found = make(corpus).measure(None, CHAT).metrics
     assert found["asr_seen"]["rate"] == pytest.approx(4 / 12)
     assert found["asr_unseen"]["rate"] == pytest.approx(2 / 4) and found["asr_unseen"]["unjudged"] == 1
     assert found["asr_robust"]["rate"] == 0
@@ -71,38 +76,39 @@ def test_figures_follow_from_replies(make, corpus, scripted):
 
 
 def test_goals_of_training_are_never_asked(make, corpus, scripted):
-    make(corpus).measure(None, None)
+    make(corpus).measure(None, CHAT)
     assert not [text for text in scripted if any(p.text in text for p in corpus.harmful.train)]
     assert sum(text == corpus.harmful.test[0].text for text in scripted) == 1
 
 
 @pytest.mark.parametrize("wraps", [1, 2, 4])
 def test_every_wrapper_meets_harmless_prompts(make, corpus, scripted, wraps):
-    rows = make(corpus, wraps_per_benign=wraps).measure(None, None).verdicts
+    rows = make(corpus, wraps_per_benign=wraps).measure(None, CHAT).verdicts
     wrapped = [row for row in rows if row.group == "benign_wrapped"]
     assert {row.wrapper for row in wrapped} == {w.id for w in corpus.wrappers}
     assert set(Counter(row.prompt for row in wrapped).values()) == {wraps}
     assert len({(row.prompt, row.wrapper) for row in wrapped}) == len(wrapped)
     few = replace(corpus, benign=Split(train=[], test=corpus.benign.test[:1]))
-    rows = make(few, wraps_per_benign=wraps).measure(None, None).verdicts
+    rows = make(few, wraps_per_benign=wraps).measure(None, CHAT).verdicts
     assert {row.wrapper for row in rows if row.group == "benign_wrapped"} == {w.id for w in corpus.wrappers}
 
 
 def test_the_quick_version_asks_the_same_attacks(make, corpus, scripted):
-    whole = make(corpus).measure(None, None).metrics
+    whole = make(corpus).measure(None, CHAT).metrics
     everything = len(scripted)
-    quick = make(corpus).measure_asr(None, None, ["unseen"])
+    quick = make(corpus).measure_asr(None, CHAT, ["unseen"])
     assert quick == {"asr": {"family-1": quick["asr_unseen"]}, "asr_unseen": whole["asr_unseen"]}
     assert len(scripted) - everything == 4
 
 
 def test_verdict_rows_hold_ids_and_no_text(make, corpus, scripted, tmp_path):
-    measured = make(corpus).measure(None, None)
+    measured = make(corpus).measure(None, CHAT)
     path = tmp_path / "verdicts.jsonl"
     measured.write_verdicts(path)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == len(measured.verdicts)
-    assert set(rows[0]) == {"prompt", "wrapper", "family", "role", "group", "verdict", "degenerate"}
+    keys = {"prompt", "wrapper", "family", "role", "group", "verdict", "degenerate", "tokens", "finished"}
+    assert set(rows[0]) == keys
     assert not [text for text in scripted if text in path.read_text()]
 
 
@@ -140,9 +146,9 @@ def only(parts: set[str], data: DataConfig, corpus: Corpus) -> tuple[Corpus, Dat
     ids=lambda value: "+".join(sorted(value)),
 )
 def test_a_figure_whose_prompts_are_not_in_the_recipe_is_left_out(make, corpus, data, scripted, parts, figures):
-    whole = make(corpus).measure(None, None).metrics
+    whole = make(corpus).measure(None, CHAT).metrics
     suite = make(*only(parts, data, corpus))
-    found = suite.measure(None, None).metrics
+    found = suite.measure(None, CHAT).metrics
     assert set(found) == figures | {"degenerate", "capability"}
     assert {name: found[name] for name in figures} == {name: whole[name] for name in figures}
     assert suite.attacks is ({"harmful", "jailbreaks"} <= parts)
@@ -184,7 +190,7 @@ def test_jailbreaks_of_goals_need_seen_and_unseen_wrappers(make, corpus, data, r
 def test_attack_success_without_goals_or_wrappers_is_refused(make, corpus, data, scripted):
     for parts, message in (({"benign", "jailbreaks"}, "harmful test prompts"), ({"harmful"}, "no wrapper has a role")):
         with pytest.raises(UserError, match=message):
-            make(*only(parts, data, corpus)).measure_asr(None, None, ["seen", "unseen"])
+            make(*only(parts, data, corpus)).measure_asr(None, CHAT, ["seen", "unseen"])
 
 
 def test_every_reply_is_judged_with_its_question_in_view(corpus, data, scripted):
@@ -194,5 +200,48 @@ def test_every_reply_is_judged_with_its_question_in_view(corpus, data, scripted)
         seen.extend(zip((prompt.text for prompt in prompts), (reply.text for reply in replies), strict=True))
         return ["refused"] * len(replies)
 
-    Suite(corpus, judge, EvaluateSection(), data, capability=False).measure(None, None)
+    Suite(corpus, judge, EvaluateSection(), data, capability=False).measure(None, CHAT)
     assert [prompt for prompt, _ in seen] == scripted
+
+
+def test_lengths_and_ends_of_replies_are_measured_for_all_and_for_harmless_prompts(make, corpus, monkeypatch):
+    def reply(model, chat, prompts, **limits):
+        """Harmless prompts get 2 and 4 tokens in turn, an end each; the others 6 tokens and no end."""
+        harmless = [{"w10 w0", "w11 w1"} & {prompt.text} for prompt in prompts]
+        return [Reply("w1", (5,) * (6 if not h else 2 + 2 * (h == {"w10 w0"})), bool(h)) for h in harmless]
+
+    monkeypatch.setattr(suite_module, "reply", reply)
+    two = replace(corpus, benign=Split([], corpus.benign.test[:2]), wrappers=[])
+    found = make(two, data=DataConfig(harmful=SOURCE, benign=SOURCE, borderline=SOURCE)).measure(None, CHAT)
+    tokens = found.metrics["reply_tokens"]
+    assert tokens["benign"] == {"mean": 3.0, "median": 3.0, "n": 2, "cut": 0}
+    assert tokens["all"] == {"mean": pytest.approx((7 * 6 + 6) / 9), "median": 6.0, "n": 9, "cut": 7}
+    assert found.metrics["finished"]["rate"] == pytest.approx(2 / 9)
+    assert found.metrics["finished_benign"]["rate"] == 1
+    assert {(row.tokens, row.finished) for row in found.verdicts} == {(6, False), (4, True), (2, True)}
+
+
+SOURCE = {"path": "prompts.jsonl", "test": 1}
+
+
+def test_a_reply_that_is_still_reasoning_is_unjudged_and_loops_count_wherever_they_are(make, corpus, monkeypatch):
+    case = next(case for case in CASES if case.name == "qwen3")
+    chat = case.chat()
+    texts = [
+        "<think>\nThe first of many thoughts",
+        "<think>\n" + "and so on " * 12,
+        "<think>\nI cannot.\n</think>\n\nA red lamp.",
+    ]
+
+    def reply(model, chat, prompts, **limits):
+        ids = [chat.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        return [chat.reply(ids[i % 3]) for i in range(len(prompts))]
+
+    monkeypatch.setattr(suite_module, "reply", reply)
+    only_benign = replace(corpus, benign=Split([], corpus.benign.test[:3]), wrappers=[], harmful=Split([], []))
+    bare = replace(only_benign, borderline=Split([], []))
+    found = make(bare, data=DataConfig(benign=SOURCE)).measure(None, chat)
+    assert [(row.verdict, row.degenerate) for row in found.verdicts] == [
+        ("unjudged", False), ("unjudged", True), ("complied", False),
+    ]  # fmt: skip
+    assert found.metrics["benign_compliance"]["unjudged"] == 2

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel
 
 from data_prep.errors import UserError
 from data_prep.schema import Conversation
@@ -46,7 +46,7 @@ def reply(
 
     The longest prompts go first, so that lack of memory shows at once. Batches are dealt to the processes whole, so
     that a reply does not depend on their number; every process returns all replies. `label` names the progress bar.
-    Raises `UserError` for prompts that leave no room for `max_new_tokens`.
+    Raises `UserError` for prompts that leave no room for `max_new_tokens`, and as `Chat.opening`.
     """
     if max_new_tokens < 1 or batch_size < 1:
         raise UserError(f"max_new_tokens and batch_size must be 1 or more, got {max_new_tokens} and {batch_size}")
@@ -58,26 +58,16 @@ def reply(
     found: dict[int, list[Reply]] = {}
     with evaluating(model), _only_greedy(model, chat, max_new_tokens) as config:
         for number, batch in progress(dealt(batches, together=together), label) if rows else ():
-            ids_BT, mask_BT = left_pad([rows[index] for index in batch], cast(int, config.pad_token_id), model.device)
+            ids_BT, mask_BT = left_pad([rows[index] for index in batch], chat.padding, model.device)
             generate = cast(Any, model).generate
             out_BTN: Tensor = generate(
                 input_ids=ids_BT, attention_mask=mask_BT, generation_config=config, synced_gpus=together
             )
-            found[number] = _replies(chat.tokenizer, out_BTN[:, ids_BT.shape[1] :], cast(Any, config).eos_token_id)
+            found[number] = [chat.reply(row) for row in out_BTN[:, ids_BT.shape[1] :].tolist()]
     replies: dict[int, Reply] = {}
     for batch, made in zip(batches, from_all_ranks(found), strict=True):
         replies.update(zip(batch, made, strict=True))
     return [replies[index] for index in range(len(rows))]
-
-
-def _replies(tokenizer: PreTrainedTokenizerBase, new_BN: Tensor, stops: list[int] | None) -> list[Reply]:
-    """The replies in what was generated; behind the token that ends a turn there is only padding."""
-    ids = []
-    for row in new_BN.tolist():
-        end = next((at for at, token in enumerate(row) if token in (stops or ())), None)
-        ids.append((row if end is None else row[: end + 1], end is not None))
-    texts = tokenizer.batch_decode([row for row, _ in ids], skip_special_tokens=True)
-    return [Reply(text.strip(), tuple(row), ended) for text, (row, ended) in zip(texts, ids, strict=True)]
 
 
 def require_room(model: PreTrainedModel, lengths: Sequence[int], new_tokens: int) -> None:
@@ -102,18 +92,10 @@ def _only_greedy(model: PreTrainedModel, chat: Chat, max_new_tokens: int) -> Ite
         max_new_tokens=max_new_tokens,
         pad_token_id=chat.padding,
         bos_token_id=shipped.bos_token_id,
-        eos_token_id=_stop_ids(shipped, chat.tokenizer),
+        eos_token_id=list(chat.stops) or None,
     )
     model.generation_config = config
     try:
         yield config
     finally:
         model.generation_config = shipped
-
-
-def _stop_ids(shipped: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    # Chat models often end a turn with another token than the tokenizer's EOS; only the shipped config lists both.
-    own = shipped.eos_token_id
-    listed = [] if own is None else list(own) if isinstance(own, (list, tuple)) else [own]
-    stops = {*listed, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
-    return sorted(int(cast(int, token)) for token in stops) or None

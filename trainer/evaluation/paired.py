@@ -20,7 +20,7 @@ from scipy.stats import binomtest
 from data_prep.errors import UserError
 from data_prep.json_lines import read_json_lines
 from trainer.evaluation.clustered import Clusters, quantile, standard_error
-from trainer.evaluation.suite import PLAIN, ROLES, JudgedReply
+from trainer.evaluation.suite import HARMLESS, PLAIN, ROLES, JudgedReply
 
 Hit = Callable[[JudgedReply], bool]
 
@@ -101,6 +101,8 @@ def _figures(rows: Sequence[JudgedReply]) -> Iterator[tuple[str, Hit, Hit]]:
     for role in ROLES:
         yield f"benign_wrapped_by_role.{role}", partial(_of, group="benign_wrapped", role=role), _complied
     yield "degenerate", _of, lambda row: row.degenerate
+    yield "finished", lambda row: row.finished is not None, _finished
+    yield "finished_benign", lambda row: row.finished is not None and row.group in HARMLESS, _finished
 
 
 def _of(row: JudgedReply, **wanted: str) -> bool:
@@ -109,6 +111,10 @@ def _of(row: JudgedReply, **wanted: str) -> bool:
 
 def _not_refused(row: JudgedReply) -> bool:
     return row.verdict != "refused"
+
+
+def _finished(row: JudgedReply) -> bool:
+    return bool(row.finished)
 
 
 def _complied(row: JudgedReply) -> bool:

@@ -25,6 +25,7 @@ from trainer.recipe.sections import EvaluateSection
 
 Group = Literal["harmful", "attack", "borderline", "benign", "benign_wrapped"]
 ROLES = ("seen", "unseen", "robust")
+HARMLESS: tuple[Group, ...] = ("benign", "benign_wrapped")
 PLAIN: tuple[tuple[str, Group, Callable[..., metrics.Rate]], ...] = (
     ("harmful_refusal", "harmful", metrics.refusal),
     ("over_refusal", "borderline", metrics.over_refusal),
@@ -35,7 +36,11 @@ PLAIN: tuple[tuple[str, Group, Callable[..., metrics.Rate]], ...] = (
 
 @dataclass(frozen=True)
 class JudgedReply:
-    """One verdict and what was asked. `wrapper`, `family` and `role` are None where the prompt was asked plainly."""
+    """One verdict and what was asked. `wrapper`, `family` and `role` are None where the prompt was asked plainly.
+
+    `tokens`: generated for the reply, its end included; `finished`: the model ended its turn, the length limit did not
+    cut it. Both are None in files of former releases.
+    """
 
     prompt: str
     wrapper: str | None
@@ -44,6 +49,8 @@ class JudgedReply:
     group: Group
     verdict: Verdict
     degenerate: bool
+    tokens: int | None = None
+    finished: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,7 @@ class Suite:
             }
         if rows:
             measured["degenerate"] = metrics.from_flags((row.degenerate for row in rows), name="degenerate").as_dict()
+        measured |= length_metrics(rows)
         measured["capability"] = {
             task.name: score(model, chat, task, **self._limits()).as_dict() for task in self.tasks
         }
@@ -189,7 +197,10 @@ class Suite:
                 role=question.wrapper.role if question.wrapper else None,
                 group=question.group,
                 verdict=verdict,
-                degenerate=is_degenerate(said.text),
+                # Of all that was written: a model may loop in its reasoning, and an answer may be yet to come.
+                degenerate=is_degenerate(chat.whole(said)),
+                tokens=None if said.ids is None else len(said.ids),
+                finished=None if said.ids is None else said.finished,
             )
             for question, said, verdict in zip(questions, replies, self.judge(prompts, replies), strict=True)
         ]
@@ -211,6 +222,22 @@ def attack_metrics(rows: Sequence[JudgedReply]) -> dict[str, Any]:
         if verdicts:
             measured[f"asr_{role}"] = metrics.attack_success(verdicts, name=f"asr_{role}").as_dict()
     return measured
+
+
+def length_metrics(rows: Sequence[JudgedReply]) -> dict[str, Any]:
+    """How long replies are and how many the model ended itself: of all of them, and of those to harmless prompts."""
+    of_all = [row for row in rows if row.finished is not None]
+    harmless = [row for row in of_all if row.group in HARMLESS]
+    found: dict[str, Any] = {}
+    for name, of in (("finished", of_all), ("finished_benign", harmless)):
+        if of:
+            found[name] = metrics.from_flags((bool(row.finished) for row in of), name=name).as_dict()
+    lengths: dict[str, Any] = {}
+    for name, of in (("all", of_all), ("benign", harmless)):
+        counted = [(row.tokens, bool(row.finished)) for row in of if row.tokens is not None]
+        if counted:
+            lengths[name] = metrics.reply_tokens([n for n, _ in counted], [ended for _, ended in counted])
+    return found | ({"reply_tokens": lengths} if lengths else {})
 
 
 def _verdicts(rows: Sequence[JudgedReply], group: Group) -> list[Verdict]:

@@ -5,18 +5,27 @@ Shapes: B sequences, S positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, cast
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from data_prep.errors import UserError
 from data_prep.schema import Conversation
+from trainer.model.reasoning import Block, Reasoning, reasoning_of
 from trainer.model.reply import Reply
+from trainer.recipe.sections import ModelSection
 
 Tokens = Literal["prompt", "response", "both"]
+
+_PROBE = "Zanzibar"  # a word that no template writes itself
 
 
 @dataclass(frozen=True)
@@ -50,38 +59,246 @@ class Batch:
 
 @dataclass(frozen=True)
 class Chat:
-    """One model's way of being talked to. Prompts and replies become tokens here and nowhere else."""
+    """One model's way of being talked to. Prompts and replies become tokens here and nowhere else, and back.
+
+    `system_prompt`: put before every conversation that has no system turn. `template_kwargs`: what the chat template
+    is given besides. `listed_stops`: the tokens that the checkpoint's generation config lets end a reply.
+    `vocabulary`: rows of the model's embedding; None: unknown. `Chat.of` takes them from a model and a recipe.
+    """
 
     tokenizer: PreTrainedTokenizerBase
+    system_prompt: str | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    listed_stops: tuple[int, ...] = ()
+    vocabulary: int | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, section: ModelSection) -> Chat:
+        """The chat of a model, tried on a short conversation.
+
+        Raises:
+            UserError: a template that fails, takes too long, leaves out what is said, reasons in a way that is not
+                understood, has no system role where a system prompt is given, or does not know a given key.
+        """
+        listed = getattr(model.generation_config, "eos_token_id", None)
+        stops = tuple(listed) if isinstance(listed, (list, tuple)) else () if listed is None else (listed,)
+        vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+        chat = cls(tokenizer, section.system_prompt, dict(section.chat_template_kwargs), stops, vocabulary)
+        chat._try()
+        return chat
+
+    def _try(self) -> None:
+        template = self._template
+        own = inspect.signature(self.tokenizer.apply_chat_template).parameters
+        for key in self.template_kwargs:
+            if key in own:
+                raise UserError(f"model.chat_template_kwargs: {key!r} is set by the product itself; leave it out")
+            if not re.search(rf"\b{re.escape(key)}\b", template):
+                raise UserError(
+                    f"model.chat_template_kwargs: {key!r} changes nothing: {self._where} does not mention it; "
+                    "allowed: variables of the template"
+                )
+        if self.system_prompt is not None and not self.knows_system:
+            raise UserError(
+                f"model.system_prompt: {self._where} has no system role; allowed: null, with the text in the prompts"
+            )
+        _ = self.reasoning
+
+    # --- what the template says -------------------------------------------------------------------
+
+    @property
+    def _where(self) -> str:
+        return f"the chat template of {self.tokenizer.name_or_path!r}"
+
+    @cached_property
+    def _template(self) -> str:
+        if not self.tokenizer.chat_template:
+            raise UserError(
+                f"model.name_or_path: the tokenizer of {self.tokenizer.name_or_path!r} has no chat template; use a "
+                "chat-tuned checkpoint"
+            )
+        return str(self.tokenizer.get_chat_template())
+
+    def _render(self, messages: list[dict[str, str]], **more: Any) -> str:
+        _ = self._template
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(messages, tokenize=False, **{**self.template_kwargs, **more})
+            )
+        # A template is a program of the checkpoint's: what it raises is the checkpoint's message.
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            LookupError,
+            ArithmeticError,
+            RecursionError,
+        ) as e:
+            roles = ", ".join(message["role"] for message in messages)
+            said = " ".join(str(e).split())[:200] or type(e).__name__
+            raise UserError(f"model.name_or_path: {self._where} refuses turns of {roles}: {said}") from e
+
+    def _tokens(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    @cached_property
+    def knows_system(self) -> bool:
+        """Whether a system turn's text gets into the prompt, in a turn of its own or folded into the user's."""
+        try:
+            turns = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "Hello."}]
+            return _PROBE in self._render(turns, add_generation_prompt=True)
+        except UserError:
+            return False
+
+    @cached_property
+    def _generation_prompt(self) -> str:
+        text = self._render([{"role": "user", "content": _PROBE}], add_generation_prompt=True)
+        return text.rpartition(_PROBE)[2]
+
+    @cached_property
+    def reasoning(self) -> Reasoning | None:
+        """How this model reasons before it answers; None: it does not. Raises `UserError` where not understood."""
+        added = [str(token.content) for token in self.tokenizer.added_tokens_decoder.values()]
+        return reasoning_of(self._template, added, self.template_kwargs, self.tokenizer.name_or_path)
+
+    @cached_property
+    def _after_answer(self) -> tuple[list[int], list[int]] | None:
+        """The special tokens right behind an answer: the last of a conversation, and one before a further question."""
+        turns = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": _PROBE}]
+        further = [*turns, {"role": "user", "content": "Hello."}]
+        texts = [self._render(messages) for messages in (turns, further)]
+        if _PROBE not in texts[0]:
+            return None
+        tokens = {str(token.content) for token in self.tokenizer.added_tokens_decoder.values()}
+        tokens |= set(self.tokenizer.all_special_tokens)
+        run = re.compile(rf"\s*((?:{'|'.join(map(re.escape, sorted(tokens, key=len, reverse=True)))})*)")
+        last, before = (
+            self._tokens(found.group(1)) if tokens and (found := run.match(text.rpartition(_PROBE)[2])) else []
+            for text in texts
+        )
+        return last, before
+
+    # --- ends and padding -------------------------------------------------------------------------
+
+    @cached_property
+    def turn_end(self) -> int | None:
+        """The token that ends an answer: the template's, else the checkpoint's; None where nothing says one."""
+        eos = self.tokenizer.eos_token_id
+        known = [token for token in (eos, *self.listed_stops) if token is not None]
+        last, before = self._after_answer or ([], [])
+        message_end = self.reasoning.message_end if self.reasoning else None
+        if message_end is not None:
+            last = [token for token in last if token != self.tokenizer.convert_tokens_to_ids(message_end)]
+        # Where a template closes a response and then the turn, the checkpoint says which of the two is the end; one
+        # that closes nothing (GLM) ends at the next turn's opening, where the checkpoint lists that.
+        listed = [token for token in last if token in known] or last[:1]
+        listed = listed or [token for token in before if token in self.listed_stops] or known
+        return int(listed[0]) if listed else None
+
+    @cached_property
+    def stops(self) -> tuple[int, ...]:
+        """Every token that ends a reply: the template's, the generation config's and the tokenizer's; ascending."""
+        named = (self.turn_end, self.tokenizer.eos_token_id, *self.listed_stops)
+        return tuple(sorted({int(token) for token in named if token is not None}))
 
     @property
     def padding(self) -> int:
-        """The padding token, or the end-of-sequence token where there is none (padding is masked anyway)."""
-        tokenizer = self.tokenizer
-        return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+        """A token for padding that the model has an embedding of; which one does not matter, since it is masked."""
+        named = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((int(token) for token in named if token is not None and self._embedded(token)), 0)
+
+    def _embedded(self, token: int) -> bool:
+        return self.vocabulary is None or 0 <= token < self.vocabulary
+
+    # --- to tokens and back -----------------------------------------------------------------------
 
     def opening(self, conversation: Conversation) -> list[int]:
-        """The conversation as tokens, up to and with those that open the assistant's turn."""
-        return list(
-            self.tokenizer.apply_chat_template(conversation.messages(), add_generation_prompt=True, return_dict=False)
-        )
+        """The conversation as tokens, up to and with those that open the assistant's turn.
+
+        Raises:
+            UserError: a template that refuses these turns or has no system role, or a token without an embedding.
+        """
+        ids = self._chat(self._messages(conversation), add_generation_prompt=True)
+        return self._all_embedded(ids)
 
     def encode(self, conversation: Conversation, reply: Reply) -> ChatTurn:
-        """A conversation and the reply to its last turn as tokens.
+        """A conversation and the reply to its last turn as tokens; raises as `opening`.
 
-        They are those of the reply's text, not `reply.ids`. Templates that rewrite the assistant turn (thinking tags,
-        say) do not extend the generation prompt; there the text's own tokens and the end-of-sequence token follow it,
-        which is what generation produces.
+        What a model wrote is `reply.ids`, token by token: a reply that was cut gets no end. A reply given as text
+        stands where the template puts a final answer, and ends as an answer of this model ends.
         """
-        tokenizer, opening = self.tokenizer, self.opening(conversation)
-        if reply.ids is not None:
-            return ChatTurn([*opening, *reply.ids], len(opening))
-        messages = [*conversation.messages(), {"role": "assistant", "content": reply.text}]
-        whole = tokenizer.apply_chat_template(messages, return_dict=False)
-        if whole[: len(opening)] != opening:
-            ending = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-            whole = opening + tokenizer(reply.text, add_special_tokens=False)["input_ids"] + ending
-        return ChatTurn(list(whole), len(opening))
+        opening = self.opening(conversation)
+        ids = self._given(conversation, reply, opening) if reply.ids is None else list(reply.ids)
+        return ChatTurn([*opening, *self._all_embedded(ids)], len(opening))
+
+    def reply(self, ids: Sequence[int]) -> Reply:
+        """What a model generated as a reply; behind the first token that ends a turn there is only padding."""
+        end = next((at for at, token in enumerate(ids) if token in self.stops), None)
+        ids = tuple(ids if end is None else ids[: end + 1])
+        return Reply(self._answer(ids), ids, end is not None)
+
+    def whole(self, reply: Reply) -> str:
+        """All that a model wrote, its reasoning too, without special tokens and outer spaces."""
+        if reply.ids is None:
+            return reply.text
+        return str(self.tokenizer.decode(list(reply.ids), skip_special_tokens=True)).strip()
+
+    def _messages(self, conversation: Conversation) -> list[dict[str, str]]:
+        messages = conversation.messages()
+        has_system = any(message["role"] == "system" for message in messages)
+        if has_system and not self.knows_system:
+            raise UserError(f"data: a conversation has a system turn, but {self._where} has no system role")
+        if self.system_prompt is None or has_system:
+            return messages
+        return [{"role": "system", "content": self.system_prompt}, *messages]
+
+    def _chat(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> list[int]:
+        return self._tokens(self._render(messages, add_generation_prompt=add_generation_prompt))
+
+    def _given(self, conversation: Conversation, reply: Reply, opening: list[int]) -> list[int]:
+        messages = self._messages(conversation)
+        answered = [*messages, {"role": "assistant", "content": reply.text}]
+        before, after = self._render(messages, add_generation_prompt=True), self._render(answered)
+        ids = self._tokens(after)
+        if ids[: len(opening)] == opening:
+            ids = ids[len(opening) :]
+        elif after.startswith(before):
+            ids = self._tokens(after.removeprefix(before))
+        else:
+            ending = self.reasoning.ending(self._generation_prompt) if self.reasoning else ""
+            ids = self._tokens(ending + reply.text)
+        end = self.turn_end
+        if end in ids:
+            ids = ids[: len(ids) - 1 - ids[::-1].index(end)]
+        return ids if end is None or not reply.finished else [*ids, end]
+
+    def _answer(self, ids: Sequence[int]) -> str:
+        bare = str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+        if self.reasoning is None:
+            return bare
+        raw = self.reasoning.begun(self._generation_prompt) + str(self.tokenizer.decode(list(ids)))
+        if isinstance(self.reasoning, Block) and not any(mark in raw for mark in self.reasoning.marks):
+            return bare
+        answer = self.reasoning.answer(raw)
+        for token in self._unspoken:
+            answer = answer.replace(token, "")
+        return answer.strip()
+
+    @cached_property
+    def _unspoken(self) -> list[str]:
+        added = self.tokenizer.added_tokens_decoder.values()
+        return sorted({*self.tokenizer.all_special_tokens, *(t.content for t in added if t.special)}, key=len)[::-1]
+
+    def _all_embedded(self, ids: list[int]) -> list[int]:
+        outside = next((token for token in ids if not self._embedded(token)), None)
+        if outside is not None:
+            raise UserError(
+                f"model.name_or_path: the tokenizer of {self.tokenizer.name_or_path!r} writes token {outside} "
+                f"({self.tokenizer.convert_ids_to_tokens(outside)!r}), but the model's embedding ends at "
+                f"{cast(int, self.vocabulary) - 1}; allowed: a tokenizer and an embedding that belong together"
+            )
+        return ids
 
 
 def pad(sequences: Sequence[ChatTurn], padding: int) -> Batch:

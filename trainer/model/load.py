@@ -89,7 +89,7 @@ def read_model(
         # The rules of the load would name the plain tensors `..._blocks` when they are written, and nothing could load
         # them (huggingface/transformers#44983); without them those of the class hold.
         model._weight_conversions = None
-    loaded: PreTrainedModel = model.eval()
+    loaded: PreTrainedModel = _without_router_logits(model).eval()
     return loaded
 
 
@@ -136,7 +136,22 @@ def hollow(section: ModelSection, dtypes: dict[str, torch.dtype]) -> PreTrainedM
             module._parameters[name] = None if parameter is None else parameters[id(parameter)]
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else made[id(buffer)]
+    return _without_router_logits(model)
+
+
+def _without_router_logits(model: PreTrainedModel) -> PreTrainedModel:
+    """Keep a base whose config asks for router logits from turning them into a load-balancing loss in every forward.
+
+    That loss takes the mask of the whole cache for that of the new tokens. The config stays as it is, since it is
+    exported.
+    """
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        model.register_forward_pre_hook(_ask_for_no_router_logits, with_kwargs=True)
     return model
+
+
+def _ask_for_no_router_logits(_model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "output_router_logits": False}
 
 
 def class_of(config: PreTrainedConfig, trust_remote_code: bool) -> Any:

@@ -14,9 +14,10 @@ from data_prep.schema import Conversation
 
 @dataclass(frozen=True)
 class Reply:
-    """`text`: without special tokens and outer spaces. `ids`: the generated tokens up to and with the one that ended
-    the turn, without padding; None for a text that no model generated here (a fixed sentence, a data set's answer).
-    `finished`: the model ended its turn; False where the length limit cut it.
+    """`text`: the final answer, without reasoning, special tokens and outer spaces; empty where the model was still
+    reasoning. `ids`: the generated tokens up to and with the one that ended the turn, without padding; None for a text
+    that no model generated here (a fixed sentence, a data set's answer). `finished`: the model ended its turn; False
+    where the length limit cut it.
     """
 
     text: str
@@ -39,5 +40,8 @@ class Judge(Protocol):
     """Says of every reply whether the model declined; `evaluation/judges` has the judges."""
 
     def __call__(self, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> list[Verdict]:
-        """One verdict per reply, in their order; `prompts` are what the replies answer, as many."""
+        """One verdict per reply, in their order; `prompts` are what the replies answer, as many.
+
+        A reply without a text has no final answer and is "unjudged".
+        """
         ...

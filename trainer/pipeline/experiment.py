@@ -115,9 +115,10 @@ class Experiment(Generic[R]):
             )
         backbone, tokenizer = engine().load(recipe.model)
         _check_lengths(recipe, backbone.model)
+        chat = Chat.of(backbone.model, tokenizer, recipe.model)
         judge = judge_of(recipe.evaluate)
         suite = Suite(corpus, judge, recipe.evaluate, recipe.data)
-        experiment = cls(recipe, run, Chat(tokenizer), backbone, corpus, judge, suite)
+        experiment = cls(recipe, run, chat, backbone, corpus, judge, suite)
         experiment.hold(backbone)
         return experiment
 
@@ -146,7 +147,7 @@ class Experiment(Generic[R]):
     def reloaded(self) -> Experiment[R]:
         """The same with a fresh copy of the model, to be split into trainable and frozen experts. Collective."""
         backbone, tokenizer = engine().load(self.recipe.model)
-        return replace(self, backbone=backbone, chat=Chat(tokenizer))
+        return replace(self, backbone=backbone, chat=Chat.of(backbone.model, tokenizer, self.recipe.model))
 
     def ask(
         self,

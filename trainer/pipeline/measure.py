@@ -18,9 +18,10 @@ from trainer.moe.trainable import TrainableModel
 from trainer.pipeline.experiment import Experiment
 from trainer.recipe.schema import Recipe
 from trainer.recipe.sections import ModelSection
+from trainer.reporting.figures import mostly_cut
 from trainer.run.folder import model_of
 from trainer.run.step import JsonFile, Kept, Step
-from trainer.runtime.console import table
+from trainer.runtime.console import say, table
 from trainer.runtime.files import atomic_write
 
 R = TypeVar("R", bound=Recipe)
@@ -59,6 +60,8 @@ def measure_alone(recipe: Recipe, model_or_run: str) -> Figures:
         name_or_path=model_of(model_or_run),
         dtype=recipe.model.dtype,
         trust_remote_code=recipe.model.trust_remote_code,
+        system_prompt=recipe.model.system_prompt,
+        chat_template_kwargs=recipe.model.chat_template_kwargs,
     )
     # Only the result goes to standard output, so that it can be piped.
     with redirect_stdout(sys.stderr):
@@ -131,6 +134,8 @@ HEADLINE = (
     "benign_compliance",
     "benign_wrapped_compliance",
     "degenerate",
+    "finished",
+    "finished_benign",
 )
 
 
@@ -145,7 +150,17 @@ def print_figures(recipe: Recipe, columns: dict[str, Figures], more: Sequence[Se
     for task in last.get("capability", {}):
         rates = [found["capability"][task] for found in columns.values()]
         rows.append([f"capability: {task}", *map(shown, rates), rates[-1]["n"]])
+    for part, wording in (("all", "tokens of a reply"), ("benign", "tokens of a reply, harmless")):
+        of = [found.get("reply_tokens", {}).get(part) for found in columns.values()]
+        if of[-1]:
+            rows.append(
+                [wording, *(f"{one['mean']:.1f}, median {one['median']:g}" if one else "" for one in of), of[-1]["n"]]
+            )
     table(f"{recipe.run.name}: {recipe.model.name_or_path}", ["figure", *columns, "n"], [*rows, *more])
+    for name, found in columns.items():
+        if (cut := mostly_cut(found)) is not None:
+            limit = f"evaluate.max_new_tokens = {recipe.evaluate.max_new_tokens}"
+            say(f"caution: {name}: {limit} cuts {cut[0]} of {cut[1]} replies; figures do not see what comes later")
 
 
 def shown(rate: dict[str, Any]) -> str:

@@ -31,14 +31,16 @@ def steered_replies(
         ValueError: a file of another model, contradictory or impossible sets, a strength outside [0, 1].
         OSError: a file or model that is not there.
     """
-    loaded, tokenizer = loading.load(ModelSection(name_or_path=model))
+    section = ModelSection(name_or_path=model)
+    loaded, tokenizer = loading.load(section)
+    chat = Chat.of(loaded, tokenizer, section)
     backbone = Backbone.of(loaded).check()
     file = read(experts, backbone, model)
     how = file.steering if strength is None else replace(file.steering, strength=strength)
     with steer(backbone, how, file.gate):
         replies = reply(
             loaded,
-            Chat(tokenizer),
+            chat,
             [Conversation.of(prompt) for prompt in prompts],
             max_new_tokens=max_new_tokens,
             batch_size=BATCH,

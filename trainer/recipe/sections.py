@@ -46,6 +46,12 @@ class ModelSection(Section):
         None, description="hold the frozen layers in bitsandbytes' NF4 or 8-bit blocks; null: as they are"
     )
     trust_remote_code: bool = Field(False, description="run the modelling code that comes with the checkpoint")
+    system_prompt: str | None = Field(
+        None, description="system turn of every conversation that brings none; null: as the chat template does"
+    )
+    chat_template_kwargs: dict[str, bool | int | float | str] = Field(
+        {}, description="variables of the chat template, such as enable_thinking: false"
+    )
 
 
 class RepliesSection(Section):

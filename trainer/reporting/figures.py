@@ -9,7 +9,7 @@ Direction = Literal["lower", "higher"]
 Trend = Literal["better", "worse", "unclear", "unknown"]
 
 # Order and wording in chart and table. Keys that are not listed follow, under their own name, without a direction.
-_KNOWN: dict[str, tuple[str, Direction]] = {
+_KNOWN: dict[str, tuple[str, Direction | None]] = {
     "asr_seen": ("Attack success, seen families", "lower"),
     "asr_unseen": ("Attack success, unseen families", "lower"),
     "asr_robust": ("Attack success, robust families", "lower"),
@@ -18,6 +18,8 @@ _KNOWN: dict[str, tuple[str, Direction]] = {
     "benign_compliance": ("Harmless requests answered, plain", "higher"),
     "benign_wrapped_compliance": ("Harmless requests answered, wrapped", "higher"),
     "degenerate": ("Degenerate replies", "lower"),
+    "finished": ("Replies that the model ended itself", None),
+    "finished_benign": ("... to harmless requests", None),
 }
 _GROUPS: dict[str, tuple[str, Direction]] = {
     "benign_wrapped_by_role": ("Harmless, wrapped in {} families", "higher"),
@@ -100,6 +102,41 @@ def collect(evaluation: Mapping[str, Any]) -> list[Figure]:
         )
         for key in sorted(keys, key=_rank)
     ]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of replies (`reply_tokens` of M) before, after and of each control that was measured so."""
+
+    key: str
+    label: str
+    before: dict[str, Any] | None
+    after: dict[str, Any] | None
+    controls: dict[str, dict[str, Any]]
+
+
+def lengths(evaluation: Mapping[str, Any]) -> list[Lengths]:
+    """How long replies are: all of them, then those to harmless requests; empty for runs of former releases."""
+    named = {"all": "Tokens of a reply", "benign": "... to a harmless request"}
+    before, after = (evaluation[side].get("reply_tokens") or {} for side in ("before", "after"))
+    controls = {name: found.get("reply_tokens") or {} for name, found in control_metrics(evaluation).items()}
+    return [
+        Lengths(
+            f"reply_tokens.{part}",
+            label,
+            before.get(part),
+            after.get(part),
+            {name: found[part] for name, found in controls.items() if part in found},
+        )
+        for part, label in named.items()
+        if part in before or part in after
+    ]
+
+
+def mostly_cut(measured: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(cut, all) replies of an M where the length limit cut more than half of them, else None."""
+    found = (measured.get("reply_tokens") or {}).get("all")
+    return (found["cut"], found["n"]) if found and 2 * found["cut"] > found["n"] else None
 
 
 def control_metrics(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

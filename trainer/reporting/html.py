@@ -24,7 +24,7 @@ from markupsafe import Markup
 
 from trainer.reporting import plots, sections
 from trainer.reporting.artefacts import Artefacts, read
-from trainer.reporting.figures import Figure, collect, control_metrics
+from trainer.reporting.figures import Figure, collect, control_metrics, lengths
 from trainer.reporting.method_report import MethodReport, Report
 from trainer.reporting.stages import stage_sections
 from trainer.reporting.templates import template
@@ -60,7 +60,8 @@ def _render(run: Artefacts, method: MethodReport) -> str:
         sentences=sentences,
         cautions=cautions(run, figures),
         controls=list(control_metrics(run.evaluation)),
-        rows=[sections.table_row(figure) for figure in figures],
+        rows=[sections.table_row(figure) for figure in figures]
+        + [sections.length_row(found) for found in lengths(run.evaluation)],
         changed=sections.what_changed(run),
         method=[*stage_sections(run), *method.sections],
         experts=sections.experts_by_layer(run),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.reporting.artefacts import Artefacts
-from trainer.reporting.figures import Figure
+from trainer.reporting.figures import Figure, Lengths
 from trainer.reporting.method_report import Facts
 from trainer.reporting.verdict import percent
 
@@ -71,6 +71,21 @@ def table_row(figure: Figure) -> TableRow:
         words,
         controls,
     )
+
+
+def length_row(found: Lengths) -> TableRow:
+    """The line of how long replies are; its change is in tokens."""
+    change = f"{found.after['mean'] - found.before['mean']:+.1f}" if found.before and found.after else ""
+    controls = {name: cell for name, of in found.controls.items() if (cell := _length_cell(of)) is not None}
+    before, after = _length_cell(found.before), _length_cell(found.after)
+    return TableRow(found.key, found.label, before, after, change, "", "unknown", "tokens" if change else "", controls)
+
+
+def _length_cell(of: dict[str, Any] | None) -> Cell | None:
+    if of is None:
+        return None
+    words = f"median {of['median']:g}, {of['cut']} cut by the limit"
+    return Cell(f"{of['mean']:.1f}", words, of["n"], 0, of["mean"])
 
 
 def _cell(rate: dict[str, Any] | None) -> Cell | None:

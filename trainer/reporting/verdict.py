@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trainer.reporting.artefacts import Artefacts
-from trainer.reporting.figures import Figure, compare
+from trainer.reporting.figures import Figure, compare, mostly_cut
 from trainer.reporting.stages import stage_cautions
 
 _FEW = 50
@@ -88,6 +88,12 @@ def cautions(run: Artefacts, figures: Sequence[Figure]) -> list[str]:
         found.append(
             f"Degenerate replies rose by {100 * (degenerate.change or 0):.1f} points: broken text refuses nothing."
         )
+    found += [
+        f"The length limit (evaluate.max_new_tokens) cut {cut[0]} of {cut[1]} replies {side}: figures see nothing of "
+        "what comes later."
+        for side in ("before", "after")
+        if (cut := mostly_cut(run.evaluation[side])) is not None
+    ]
     if diagnostics.get("gate_weights_changed") == 0 and any("consist" in name for name in run.logs):
         found.append(
             "The routing stage changed no gate weight; its updates were too small for the weights' precision."
