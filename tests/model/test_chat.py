@@ -10,7 +10,6 @@ import pytest
 from data_prep.errors import UserError
 from data_prep.schema import Conversation, Turn
 from tests.model.templates import CASES, MIXTRAL, Scripted, byte_tokenizer, shipped
-from trainer.model import chat as chat_module
 from trainer.model.chat import Chat
 from trainer.model.reply import Reply
 from trainer.recipe.sections import ModelSection
@@ -51,28 +50,6 @@ def test_reasoning_that_is_turned_off_need_not_be_understood() -> None:
     template = PLAIN + "{% if enable_thinking %}Think first.{% endif %}"
     assert chat_of(template, chat_template_kwargs={"enable_thinking": False}).reasoning is None
     assert chat_of(PLAIN + "{# thinking and <thought> in a remark #}").reasoning is None
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        ("{% for m in messages %}{{ m.role }}: {{ m.content }", "refuses turns of user: unexpected '}'"),
-        (PLAIN + "{{ ''.__class__.__mro__ }}", "refuses turns of user: access to attribute '__class__'"),
-        (PLAIN + "{{ raise_exception('not today') }}", "refuses turns of user: not today"),
-        (PLAIN + "{{ 1 / 0 }}", "refuses turns of user: division by zero"),
-        (PLAIN + "{{ messages[0].content + 1 }}", "refuses turns of user: can only concatenate"),
-        ("{% for m in messages %}{{ m.role }}{{ eos_token }}{% endfor %}", "leaves out what the user says"),
-        ("{{ messages[0].content }}", "leaves out what the assistant says"),
-    ],
-)
-def test_a_template_that_fails_or_leaves_out_what_is_said_is_refused(template: str, message: str) -> None:
-    refused(f"^model.name_or_path: the chat template of '' {re.escape(message)}", template)
-
-
-def test_a_template_that_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_module, "TEMPLATE_SECONDS", 1)
-    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    refused("^model.name_or_path: the chat template of '' takes more than 1 s for one short turn", PLAIN + loop)
 
 
 def test_a_template_without_a_system_role_refuses_system_prompts_and_system_turns() -> None:

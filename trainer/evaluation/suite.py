@@ -17,6 +17,7 @@ from data_prep.errors import UserError
 from data_prep.schema import Conversation, Corpus, Prompt, Wrapper
 from trainer.evaluation import metrics
 from trainer.evaluation.capability import score
+from trainer.evaluation.clustered import Clusters
 from trainer.evaluation.degenerate import is_degenerate
 from trainer.evaluation.generation import reply
 from trainer.evaluation.judges.judge import Judge, Verdict
@@ -132,13 +133,12 @@ class Suite:
         wrapped = [row for row in rows if row.group == "benign_wrapped"]
         measured = attack_metrics(rows) if self.attacks else {}
         for name, group, rate in PLAIN:
-            verdicts = _verdicts(rows, group)
-            if verdicts:
-                measured[name] = rate(verdicts, name=name).as_dict()
+            if of_group := [row for row in rows if row.group == group]:
+                measured[name] = _rate(rate, of_group, name)
         if wrapped:
-            measured["benign_wrapped_compliance"] = _wrapped_compliance(wrapped, "benign_wrapped_compliance")
+            measured["benign_wrapped_compliance"] = _rate(metrics.compliance, wrapped, "benign_wrapped_compliance")
             measured["benign_wrapped_by_role"] = {
-                role: _wrapped_compliance(of_role, f"benign_wrapped {role}")
+                role: _rate(metrics.compliance, of_role, f"benign_wrapped {role}")
                 for role in ROLES
                 if (of_role := [row for row in wrapped if row.role == role])
             }
@@ -215,12 +215,11 @@ def attack_metrics(rows: Sequence[JudgedReply]) -> dict[str, Any]:
     families = sorted({row.family for row in attacks if row.family is not None})
     measured: dict[str, Any] = {"asr": {}}
     for family in families:
-        verdicts = [row.verdict for row in attacks if row.family == family]
-        measured["asr"][family] = metrics.attack_success(verdicts, name=f"asr {family}").as_dict()
+        of_family = [row for row in attacks if row.family == family]
+        measured["asr"][family] = _rate(metrics.attack_success, of_family, f"asr {family}")
     for role in ROLES:
-        verdicts = [row.verdict for row in attacks if row.role == role]
-        if verdicts:
-            measured[f"asr_{role}"] = metrics.attack_success(verdicts, name=f"asr_{role}").as_dict()
+        if of_role := [row for row in attacks if row.role == role]:
+            measured[f"asr_{role}"] = _rate(metrics.attack_success, of_role, f"asr_{role}")
     return measured
 
 
@@ -240,9 +239,6 @@ def length_metrics(rows: Sequence[JudgedReply]) -> dict[str, Any]:
     return found | ({"reply_tokens": lengths} if lengths else {})
 
 
-def _verdicts(rows: Sequence[JudgedReply], group: Group) -> list[Verdict]:
-    return [row.verdict for row in rows if row.group == group]
-
-
-def _wrapped_compliance(rows: Sequence[JudgedReply], name: str) -> dict[str, Any]:
-    return metrics.compliance([row.verdict for row in rows], name=name).as_dict()
+def _rate(rate: Callable[..., metrics.Rate], rows: Sequence[JudgedReply], name: str) -> dict[str, Any]:
+    clusters = Clusters([row.prompt for row in rows], [row.wrapper for row in rows])
+    return rate([row.verdict for row in rows], name=name, clusters=clusters).as_dict()

@@ -9,6 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from data_prep.errors import UserError
+from trainer.model.source import not_to_be_had
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 TOP_K = ("num_experts_per_tok", "top_k_experts")
@@ -19,13 +20,18 @@ def read_config(name: str | Path, *, revision: str | None = None, trust_remote_c
     """The configuration of a folder or Hub id.
 
     Raises:
-        UserError: one that no model can be built from; says which key of `config.json` is wrong.
-        OSError: transformers' own message where it is missing or the Hub cannot be reached.
+        UserError: one that no model can be built from (says which key of `config.json` is wrong), or that cannot be had
+            from the Hub.
+        OSError: transformers' own message where a folder holds none.
     """
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code
         )
+    except OSError as error:
+        if Path(name).is_dir():
+            raise
+        raise not_to_be_had(str(name), error) from error
     except (TypeError, ValueError, AttributeError, KeyError, RecursionError, StrictDataclassError) as error:
         raise UserError(f"{name}: config.json: {' '.join(str(error).split()) or type(error).__name__}") from error
     _check_experts(name, config)

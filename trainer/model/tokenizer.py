@@ -9,6 +9,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data_prep.errors import UserError
+from trainer.model.config import read_config
 from trainer.model.source import check_source, not_to_be_had
 from trainer.recipe.sections import ModelSection
 from trainer.runtime.signals import time_limit
@@ -23,11 +24,12 @@ def read_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint whose weights may be read, its chat template tried.
 
     Raises:
-        UserError: as `check_source`; a tokenizer that cannot be read, or without a chat template that says what is
-            asked and answered.
+        UserError: as `check_source` and `read_config`; a tokenizer that cannot be read, or without a chat template
+            that says what is asked and answered.
     """
     name = section.name_or_path
     check_source(name, section.revision)
+    read_config(name, revision=section.revision, trust_remote_code=section.trust_remote_code)
     tokenizer = load_tokenizer(name, section.revision, trust_remote_code=section.trust_remote_code)
     check_template(tokenizer, name)
     if tokenizer.pad_token_id is None:
