@@ -20,8 +20,8 @@ def read_config(name: str | Path, *, revision: str | None = None, trust_remote_c
     """The configuration of a folder or Hub id.
 
     Raises:
-        UserError: one that no model can be built from (says which key of `config.json` is wrong), or that cannot be had
-            from the Hub.
+        UserError: one that no model can be built from, which says what key of `config.json` is wrong; one that is not
+            to be had from the Hub.
         OSError: transformers' own message where a folder holds none.
     """
     try:
