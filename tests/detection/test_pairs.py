@@ -8,6 +8,7 @@ import pytest
 
 from data_prep.errors import UserError
 from data_prep.schema import Conversation, Prompt, Wrapper
+from tests.model.templates import CASES
 from trainer.detection.pairs import PairReport, build_pairs, read_pairs
 from trainer.model.reply import Reply, Verdict
 
@@ -98,3 +99,22 @@ def test_a_model_that_refuses_nothing_is_reported_with_the_numbers() -> None:
 def test_jailbreaks_that_never_work_are_reported_with_the_numbers() -> None:
     with pytest.raises(UserError, match="no pair survives: 0 of 18 jailbroken goals were answered"):
         build(wrapped="no")
+
+
+def test_a_refusal_with_its_reasoning_is_read_back_and_trained_as_it_was_written(tmp_path: Path) -> None:
+    case = next(case for case in CASES if case.name == "gpt-oss")
+    chat, written = case.chat(), case.written[0]
+    ids = chat.tokenizer(written.text, add_special_tokens=False)["input_ids"]
+    refusal = chat.reply(ids)
+
+    def ask(prompts: Sequence[Conversation], label: str) -> list[Reply]:
+        return [Reply.written("yes") if prompt.text.startswith("wrap") else refusal for prompt in prompts]
+
+    def judged(prompts: Sequence[Conversation], replies: Sequence[Reply]) -> list[Verdict]:
+        return ["refused" if reply.text == written.answer else "complied" for reply in replies]
+
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(build_pairs(GOALS, WRAPPERS, ask, judged, 2).jsonl(), encoding="utf-8")
+    refusals, _ = read_pairs(path)
+    turn = chat.encode(GOALS[0].conversation, refusals["g:0"])
+    assert turn.ids[turn.prompt :] == ids

@@ -101,6 +101,13 @@ def test_a_tokenizer_without_pad_token_works(model, tokenizer, prompts):
     assert tokenizer.pad_token is None
 
 
+def test_a_padding_token_outside_of_the_embedding_pads_no_worse(model, tokenizer, prompts):
+    inside = ask(model, tokenizer, prompts)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id >= model.config.vocab_size
+    assert ask(model, tokenizer, prompts) == inside
+
+
 def test_a_prompt_too_long_for_the_model_is_said_not_cut(model, tokenizer):
     with pytest.raises(UserError, match=r"prompt 1 .*70 tokens"):
         ask(model, tokenizer, ["w1", " ".join(["w1"] * 68)])

@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
+from data_prep.schema import Conversation
 from tests.moe.families import FAMILIES, Family
 from tests.mxfp4 import pack
 from tests.tiny import tiny_model, tiny_tokenizer, token_ids
+from trainer.evaluation.generation import reply
+from trainer.model.chat import Chat
 from trainer.model.load import hollow, load, read_model
 from trainer.moe.backbone import Backbone
 from trainer.recipe.sections import ModelSection
@@ -130,3 +133,26 @@ def test_weights_in_another_packed_format_are_refused(checkpoint: Path) -> None:
     (checkpoint / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"is stored quantised \(gptq\); allowed: an unquantised checkpoint"):
         load(section(checkpoint))
+
+
+def test_a_base_that_asks_for_router_logits_generates_and_trains_as_without(checkpoint: Path) -> None:
+    plain, tokenizer = load(section(checkpoint))
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"output_router_logits": True}))
+    asks, _ = load(section(checkpoint))
+    prompts = [Conversation.of(text) for text in ("w1 w2", "w3", "w4 w5 w6")]
+    said = [
+        reply(
+            model, Chat.of(model, tokenizer, section(checkpoint)), prompts, max_new_tokens=5, batch_size=2, label="x"
+        )
+        for model in (plain, asks)
+    ]
+    assert said[0] == said[1]
+    ids = token_ids()
+    losses = [model(ids, labels=ids) for model in (plain, asks)]
+    assert torch.equal(losses[0].loss, losses[1].loss), "no load-balancing loss is added"
+    assert asks.config.output_router_logits is True, "the config is exported as it was"
+    held = {name: tensor.dtype for name, tensor in (*asks.named_parameters(), *asks.named_buffers())}
+    other = hollow(section(checkpoint), held)
+    assert len(other._forward_pre_hooks) == len(asks._forward_pre_hooks) == 1
+    assert not plain._forward_pre_hooks

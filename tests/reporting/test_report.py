@@ -215,3 +215,20 @@ def test_a_broken_artefact_is_named(run_dir, name, content):
     (run_dir / name).write_text(content)
     with pytest.raises(UserError, match=re.escape(name)):
         html.write(run_dir)
+
+
+def test_how_long_replies_are_and_who_ended_them_stands_beside_the_figures(run_dir):
+    found = json.loads((run_dir / "evaluation.json").read_text())
+    for side, cut in (("before", 0), ("after", 7)):
+        length = {"mean": 34.0 if side == "before" else 26.5, "median": 25.0, "n": 10, "cut": cut}
+        found[side] |= {
+            "finished": {"rate": 1 - cut / 10, "n": 10, "ci95": [0.1, 1.0]},
+            "reply_tokens": {"all": length, "benign": length},
+        }
+    (run_dir / "evaluation.json").write_text(json.dumps(found))
+    text = html.write(run_dir).read_text()
+    row = text[text.index('data-figure="reply_tokens.benign"') :].partition("</tr>")[0]
+    assert "34.0" in row and "26.5" in row and "-7.5" in row and "7 cut by the limit" in row
+    assert "Replies that the model ended itself" in text
+    assert text.count("The length limit (evaluate.max_new_tokens) cut 7 of 10 replies after") == 1
+    assert "replies before: figures see" not in text

@@ -143,7 +143,7 @@ def print_figures(recipe: Recipe, columns: dict[str, Figures], more: Sequence[Se
     """One row a figure, one column a model (the last one's n is shown), then rows of other figures."""
     last = list(columns.values())[-1]
     rows: list[Sequence[object]] = [
-        [name, *(shown(found[name]) for found in columns.values()), last[name]["n"]]
+        [name, *(shown(found[name]) if name in found else "" for found in columns.values()), last[name]["n"]]
         for name in HEADLINE
         if name in last
     ]
