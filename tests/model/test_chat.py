@@ -119,3 +119,13 @@ def test_a_conversation_without_a_known_end_has_none() -> None:
     chat = Chat.of(model, tokenizer, ModelSection(name_or_path="m"))
     assert chat.turn_end is None and chat.stops == ()
     assert not chat.reply(list(range(20))).finished
+
+
+def test_a_given_answer_keeps_what_the_template_puts_before_it_where_tokens_merge() -> None:
+    """The opening's last line break and the next one are a single token in the whole conversation."""
+    chat = chat_of(
+        "{% for m in messages %}{{ m.role }}\n{{ '\\nSo: ' if m.role == 'assistant' }}{{ m.content }}</s>"
+        "{% endfor %}{{ 'assistant\\n' if add_generation_prompt }}"
+    )
+    turn = chat.encode(ASKED, Reply.written("Yes."))
+    assert chat.tokenizer.decode(turn.ids[turn.prompt :]) == "\nSo: Yes.</s>"
