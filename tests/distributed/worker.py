@@ -32,7 +32,7 @@ from trainer.moe.experts import SplitModel
 from trainer.moe.sharding import is_partitioned, size
 from trainer.moe.trainable import TrainableModel, WholeModel
 from trainer.recipe.sections import ConsistencySection, ModelSection, RepairSection
-from trainer.runtime.processes import from_rank_0, rank, world_size
+from trainer.runtime.processes import from_rank_0, leave, rank, world_size
 from trainer.training import loop as watch
 from trainer.training.consistency import ConsistencyRow, make_routing_consistent
 from trainer.training.repair import TrainingRow, repair_experts
@@ -250,3 +250,4 @@ def main(out: Path, cases: list[str]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2:])
+    leave()

@@ -19,7 +19,7 @@ from trainer import __version__
 from trainer.cli.boundary import one_line, refusal
 from trainer.runtime import signals
 from trainer.runtime.console import is_main_process, say
-from trainer.runtime.processes import check_environment
+from trainer.runtime.processes import check_environment, leave
 
 if TYPE_CHECKING:
     from trainer.methods.method import Method
@@ -255,6 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         check_environment()
         code = app([item for item in given if item != "--debug"], prog_name="routealign", standalone_mode=False)
+        leave()
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(INTERRUPTED)
     except signals.Terminated:

@@ -51,6 +51,14 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def leave() -> None:
+    """Part with the other processes once all are done: gloo aborts a process that ends while another still talks."""
+    distributed = sys.modules.get("torch.distributed")
+    if world_size() > 1 and distributed is not None and distributed.is_initialized():
+        from_rank_0(None)
+        distributed.destroy_process_group()
+
+
 def from_rank_0(value: T) -> T:
     """The value that rank 0 passes, on every rank; also a barrier. Pickled. Alone, the value itself."""
     if world_size() == 1:
