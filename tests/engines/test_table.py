@@ -18,7 +18,8 @@ from trainer.engines import engine as engines
 from trainer.engines.table import TABLE, default, names
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMED_IN = ("trainer/engines/", "trainer/moe/sharding.py")
+NAMED_IN = ("trainer/engines/", "trainer/moe/sharding.py", "trainer/recipe/trainer_arguments.py")
+"""The last lists the trainer's own settings, some of which are called after an engine; it asks no engine anything."""
 SOURCES = sorted(
     path for path in (ROOT / "trainer").rglob("*.py") if not path.relative_to(ROOT).as_posix().startswith(NAMED_IN)
 )
