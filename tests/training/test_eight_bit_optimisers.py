@@ -30,7 +30,6 @@ SETTINGS: dict[str, Any] = {
     "learning_rate": 1e-2,
     "lr_scheduler_type": "linear",
     "warmup_steps": 0,
-    "use_cpu": True,
 }
 
 

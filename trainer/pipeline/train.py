@@ -70,6 +70,8 @@ def split(experiment: Experiment[Any], experts: ExpertSet, section: RepairSectio
     set_seed(experiment.recipe.run.seed)  # LoRA starts from drawn weights: the same ones in a resumed run
     parts = SplitModel(experiment.backbone, experts, lora_rank=section.lora_rank, lora_alpha=section.lora_alpha)
     experiment.hold(parts.backbone)
+    if experiment.recipe.model.quantization is not None:
+        parts.is_original = False  # its original is packed whole, the critical experts that train are not
     return parts
 
 
