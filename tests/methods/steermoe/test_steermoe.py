@@ -181,7 +181,7 @@ def test_a_span_that_is_not_found_names_the_pair(
         ({"activate": [[0, 1]], "deactivate": [[0, 1]]}, "in both activate and deactivate"),
         ({"deactivate": [[1, e] for e in range(15)]}, "deactivates 15 of 16 experts"),
         ({"activate": [[0, 16]]}, "expert 16 of layer 0 does not exist"),
-        ({"strength": -1}, "strength -1.0 is outside"),
+        ({"strength": -1}, "strength: found -1, expected greater than or equal to 0"),
     ],
 )
 def test_a_steering_file_that_does_not_fit_is_one_line_on_the_command_line(
