@@ -70,9 +70,15 @@ def reply(
     return [replies[index] for index in range(len(rows))]
 
 
+def positions(model: PreTrainedModel) -> int | None:
+    """How many tokens a prompt and its reply may have together, where the model has a limit."""
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit
+
+
 def require_room(model: PreTrainedModel, lengths: Sequence[int], new_tokens: int) -> None:
     """Raise `UserError` where a prompt of `lengths` tokens plus `new_tokens` exceeds the model's positions."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = positions(model)
     too_long = [index for index, length in enumerate(lengths) if limit is not None and length + new_tokens > limit]
     if too_long:
         raise UserError(

@@ -13,7 +13,6 @@ from functools import cached_property
 from typing import Any, Literal, cast
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,6 +20,7 @@ from data_prep.errors import UserError
 from data_prep.schema import Conversation
 from trainer.model.reasoning import Block, Reasoning, reasoning_of
 from trainer.model.reply import Reply
+from trainer.model.tokenizer import TEMPLATE_ERRORS
 from trainer.recipe.sections import ModelSection
 
 Tokens = Literal["prompt", "response", "both"]
@@ -74,26 +74,26 @@ class Chat:
 
     @classmethod
     def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, section: ModelSection) -> Chat:
-        """The chat of a model, tried on a short conversation.
+        """The chat of a model whose template `read_tokenizer` has tried.
 
         Raises:
-            UserError: a template that fails, takes too long, leaves out what is said, reasons in a way that is not
-                understood, has no system role where a system prompt is given, or does not know a given key.
+            UserError: a template that reasons in a way that is not understood, has no system role where a system
+                prompt is given, or does not know a given key.
         """
         listed = getattr(model.generation_config, "eos_token_id", None)
         stops = tuple(listed) if isinstance(listed, (list, tuple)) else () if listed is None else (listed,)
         vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
         chat = cls(tokenizer, section.system_prompt, dict(section.chat_template_kwargs), stops, vocabulary)
-        chat._try()
+        chat._check_settings()
+        _ = chat.reasoning  # refuses what is not understood
         return chat
 
-    def _try(self) -> None:
-        template = self._template
+    def _check_settings(self) -> None:
         own = inspect.signature(self.tokenizer.apply_chat_template).parameters
         for key in self.template_kwargs:
             if key in own:
                 raise UserError(f"model.chat_template_kwargs: {key!r} is set by the product itself; leave it out")
-            if not re.search(rf"\b{re.escape(key)}\b", template):
+            if not re.search(rf"\b{re.escape(key)}\b", self._template):
                 raise UserError(
                     f"model.chat_template_kwargs: {key!r} changes nothing: {self._where} does not mention it; "
                     "allowed: variables of the template"
@@ -102,7 +102,6 @@ class Chat:
             raise UserError(
                 f"model.system_prompt: {self._where} has no system role; allowed: null, with the text in the prompts"
             )
-        _ = self.reasoning
 
     # --- what the template says -------------------------------------------------------------------
 
@@ -112,29 +111,14 @@ class Chat:
 
     @cached_property
     def _template(self) -> str:
-        if not self.tokenizer.chat_template:
-            raise UserError(
-                f"model.name_or_path: the tokenizer of {self.tokenizer.name_or_path!r} has no chat template; use a "
-                "chat-tuned checkpoint"
-            )
         return str(self.tokenizer.get_chat_template())
 
     def _render(self, messages: list[dict[str, str]], **more: Any) -> str:
-        _ = self._template
         try:
             return str(
                 self.tokenizer.apply_chat_template(messages, tokenize=False, **{**self.template_kwargs, **more})
             )
-        # A template is a program of the checkpoint's: what it raises is the checkpoint's message.
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            LookupError,
-            ArithmeticError,
-            RecursionError,
-        ) as e:
+        except TEMPLATE_ERRORS as e:
             roles = ", ".join(message["role"] for message in messages)
             said = " ".join(str(e).split())[:200] or type(e).__name__
             raise UserError(f"model.name_or_path: {self._where} refuses turns of {roles}: {said}") from e
@@ -163,13 +147,11 @@ class Chat:
         return reasoning_of(self._template, added, self.template_kwargs, self.tokenizer.name_or_path)
 
     @cached_property
-    def _after_answer(self) -> tuple[list[int], list[int]] | None:
+    def _after_answer(self) -> tuple[list[int], list[int]]:
         """The special tokens right behind an answer: the last of a conversation, and one before a further question."""
         turns = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": _PROBE}]
         further = [*turns, {"role": "user", "content": "Hello."}]
         texts = [self._render(messages) for messages in (turns, further)]
-        if _PROBE not in texts[0]:
-            return None
         tokens = {str(token.content) for token in self.tokenizer.added_tokens_decoder.values()}
         tokens |= set(self.tokenizer.all_special_tokens)
         run = re.compile(rf"\s*((?:{'|'.join(map(re.escape, sorted(tokens, key=len, reverse=True)))})*)")
@@ -186,7 +168,7 @@ class Chat:
         """The token that ends an answer: the template's, else the checkpoint's; None where nothing says one."""
         eos = self.tokenizer.eos_token_id
         known = [token for token in (eos, *self.listed_stops) if token is not None]
-        last, before = self._after_answer or ([], [])
+        last, before = self._after_answer
         message_end = self.reasoning.message_end if self.reasoning else None
         if message_end is not None:
             last = [token for token in last if token != self.tokenizer.convert_tokens_to_ids(message_end)]

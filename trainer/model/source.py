@@ -7,7 +7,6 @@ from pathlib import Path
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, has_file
 
 from data_prep.errors import UserError
-from trainer.model.weight_files import CheckpointFiles
 
 
 def check_source(name: str, revision: str | None = None) -> None:
@@ -15,7 +14,7 @@ def check_source(name: str, revision: str | None = None) -> None:
 
     Raises:
         UserError: neither a folder nor a Hub id; a file; pickled weights, which can run code when they are read; a
-            repository that cannot be had from the Hub; in a folder a weight file that is missing, damaged or cut.
+            repository that cannot be had from the Hub.
     """
     path = Path(name)
     if path.is_file():
@@ -37,10 +36,6 @@ def check_source(name: str, revision: str | None = None) -> None:
             f"model.name_or_path: {name!r} holds {pickled[0]} and no {SAFE_WEIGHTS_NAME}; pickled weights are not "
             "read, because reading one can run code; convert it to safetensors first"
         )
-    if path.is_dir():
-        with CheckpointFiles(path) as files:  # transformers would not say which file is damaged
-            for file in files.files:
-                files.metadata(file)
 
 
 def not_to_be_had(name: str, error: Exception) -> UserError:

@@ -16,6 +16,17 @@ from trainer.runtime.signals import time_limit
 
 SECONDS = 10.0
 """How long a chat template may take for a few words: far longer than any does, unless it never ends."""
+TEMPLATE_ERRORS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    MemoryError,
+)
+"""A template is a program of the checkpoint's: what it raises is the checkpoint's message."""
 ASKED = ("How do I brew tea?", "Which moss grows on stones?")
 ANSWERED = "With warm water."
 
@@ -83,11 +94,9 @@ def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         with time_limit(SECONDS, UserError(never)):
             first, second = (_rendered(tokenizer, text) for text in ASKED)
             answered = _rendered(tokenizer, ASKED[0], ANSWERED)
-    except (TemplateError, RecursionError, MemoryError, OverflowError) as error:
-        raise _fails(whose, error) from error
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except TEMPLATE_ERRORS as error:
         raise _fails(whose, error) from error
     if first == second:
         raise UserError(f"{whose} leaves out what is asked: two prompts come out the same; allowed: one that shows it")

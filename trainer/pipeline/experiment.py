@@ -16,7 +16,7 @@ from data_prep.errors import UserError
 from data_prep.schema import Conversation, Corpus, RowCount
 from trainer.engines.engine import Engine, engine
 from trainer.engines.table import names
-from trainer.evaluation.generation import reply
+from trainer.evaluation.generation import positions, reply
 from trainer.evaluation.judges.judge import Judge, judge_of
 from trainer.evaluation.suite import Suite
 from trainer.model.chat import Chat
@@ -223,10 +223,10 @@ class Experiment(Generic[R]):
 
 def _check_lengths(recipe: Recipe, model: PreTrainedModel) -> None:
     """`UserError` where a reply may be as long as everything that the model has positions for."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = positions(model)
     for name in type(recipe).model_fields:
         wanted = getattr(getattr(recipe, name), "max_new_tokens", None)
-        if positions is not None and wanted is not None and wanted >= positions:
+        if limit is not None and wanted is not None and wanted >= limit:
             raise UserError(
-                f"{name}.max_new_tokens: found {wanted}; the model has {positions} positions, for prompt and reply"
+                f"{name}.max_new_tokens: found {wanted}; the model has {limit} positions, for prompt and reply"
             )
