@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -255,12 +255,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         check_environment()
         code = app([item for item in given if item != "--debug"], prog_name="routealign", standalone_mode=False)
-        leave()
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(INTERRUPTED)
+        leave(INTERRUPTED)
     except signals.Terminated:
         say("stopped by SIGTERM; the same command goes on from here")
-        raise
+        leave(signals.EXIT_CODE)
     except typer.TyperException as error:
         _fail(error.format_message())
     except Exception as error:
@@ -269,15 +268,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         if debug:
             traceback.print_exc()
-            sys.exit(USER_ERROR)
+            leave(USER_ERROR)
         _fail(line)
-    sys.exit(code if isinstance(code, int) else 0)
+    leave(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     print(f"error: {f'[rank {rank}] ' if rank != '0' else ''}{one_line(message)}", file=sys.stderr)
-    sys.exit(USER_ERROR)
+    leave(USER_ERROR)
 
 
 def _quiet() -> None:

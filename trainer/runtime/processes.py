@@ -1,5 +1,6 @@
 """What a run asks of its processes: to share work, to agree, and how much memory a stage took."""
 
+import atexit
 import contextlib
 import os
 import resource
@@ -8,7 +9,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from data_prep.errors import UserError
 
@@ -51,14 +52,24 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def leave() -> None:
-    """Wait until every process is done: gloo aborts one that still talks to another that has ended.
+def leave(code: int = 0) -> NoReturn:
+    """End this process with `code`, once every process has come here; alone, or before they met, as `sys.exit`.
 
-    The group is left to the end of the process: under ZeRO-3 tearing it down aborts rank 0 (DeepSpeed 0.19.8).
+    Of several processes each ends without the interpreter's teardown. A thread of gloo's may hold the last reference
+    to a tensor and want the interpreter while that goes down: "terminate called without an active exception", SIGABRT
+    after all work was done (pytorch/pytorch#190489; goes when torch asks `Py_IsFinalizing` there). To destroy the
+    process group before does not help: under ZeRO-3 that aborts too (DeepSpeed 0.19.8).
     """
     distributed = sys.modules.get("torch.distributed")
-    if world_size() > 1 and distributed is not None and distributed.is_initialized():
-        from_rank_0(None)
+    if distributed is None or not distributed.is_initialized():
+        sys.exit(code)
+    if code == 0:
+        # gloo aborts a process that still talks to one that has ended.
+        any_rank(False)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def from_rank_0(value: T) -> T:
