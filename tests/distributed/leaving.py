@@ -15,10 +15,12 @@ from trainer.runtime.processes import from_rank_0, leave, rank
 
 
 class Late:
-    """Lives to the end of the interpreter."""
+    """Lives to the end of the interpreter; `abort` is its own, as this module's names are gone by then."""
+
+    abort = staticmethod(os.abort)
 
     def __del__(self) -> None:
-        os.abort()
+        self.abort()
 
 
 late = Late()
