@@ -31,7 +31,7 @@ def build(
         texts = [(odd or {}).get(p.text, wrapped if p.text.startswith("wrap") else plain) for p in prompts]
         return [Reply(text, (7, 9, len(prompt.text)), True) for prompt, text in zip(prompts, texts, strict=True)]
 
-    return build_pairs(GOALS, WRAPPERS, ask, judge, max_pairs)
+    return build_pairs(GOALS, WRAPPERS, ask, judge, max_pairs, 16)
 
 
 def test_every_goal_is_used_before_one_is_used_twice_and_families_stay_balanced() -> None:
@@ -86,9 +86,34 @@ def test_every_reply_is_judged_with_what_it_answers_in_view() -> None:
         seen.extend(zip((prompt.text for prompt in prompts), (reply.text for reply in replies), strict=True))
         return ["complied" if prompt.text.startswith("wrap") else "refused" for prompt in prompts]
 
-    build_pairs(GOALS, WRAPPERS, ask, looking, 4)
+    build_pairs(GOALS, WRAPPERS, ask, looking, 4, 16)
     assert len(seen) == len(GOALS) + 4
     assert all(text == f"to {prompt}" for prompt, text in seen)
+
+
+@pytest.mark.parametrize(("every", "wanted", "tries"), [(50, 100, 1000), (50, 100, 16), (1, 256, 16), (3, 64, 16)])
+def test_rare_successes_cost_few_calls_and_no_more_jailbreaks_than_allowed(
+    every: int, wanted: int, tries: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    goals = [Prompt(f"g:{i}", Conversation.of(f"goal{i}"), "harmful") for i in range(400)]
+    wrappers = [Wrapper(f"w:{i}", f"w{i}", "seen", f"wrap{i} [X]", "[X]") for i in range(20)]
+    calls: list[int] = []
+
+    def ask(prompts: Sequence[Conversation], label: str) -> list[Reply]:
+        if label == "anchor replies":
+            return [Reply.written("no") for _ in prompts]
+        before = sum(calls)
+        calls.append(len(prompts))
+        return [Reply.written("no" if (before + i) % every else "yes") for i in range(len(prompts))]
+
+    report = build_pairs(goals, wrappers, ask, judge, wanted, tries)
+    allowed = min(400 * 20, tries * wanted)
+    assert sum(calls) <= allowed and len(calls) <= 10
+    assert len(report.pairs) == min(wanted, -(-allowed // every))
+    kept = [row["outcome"] for row in report.rows if row["outcome"] in ("kept", "surplus")]
+    assert kept == sorted(kept), "the first ones found are kept"
+    said = " ".join(capsys.readouterr().out.split())
+    assert ("detect.tries_per_pair=16" in said) == (len(report.pairs) < wanted)
 
 
 def test_a_model_that_refuses_nothing_is_reported_with_the_numbers() -> None:
@@ -114,7 +139,7 @@ def test_a_refusal_with_its_reasoning_is_read_back_and_trained_as_it_was_written
         return ["refused" if reply.text == written.answer else "complied" for reply in replies]
 
     path = tmp_path / "pairs.jsonl"
-    path.write_text(build_pairs(GOALS, WRAPPERS, ask, judged, 2).jsonl(), encoding="utf-8")
+    path.write_text(build_pairs(GOALS, WRAPPERS, ask, judged, 2, 16).jsonl(), encoding="utf-8")
     refusals, _ = read_pairs(path)
     turn = chat.encode(GOALS[0].conversation, refusals["g:0"])
     assert turn.ids[turn.prompt :] == ids

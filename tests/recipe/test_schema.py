@@ -29,7 +29,7 @@ BAD_VALUES = {
         "detect.tok",
         "unknown key",
         "did you mean",
-        "allowed: max_pairs, max_new_tokens, batch_size, tokens, score",
+        "allowed: max_pairs, tries_per_pair, max_new_tokens, batch_size, tokens, score",
     ],
     "run.seed=-1": ["run.seed", "-1", "0"],
     "run.name=a/b": ["run.name", "'a/b'", "letters, digits"],

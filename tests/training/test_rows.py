@@ -8,11 +8,11 @@ import pytest
 
 from data_prep.errors import UserError
 from data_prep.schema import Conversation, Corpus, Prompt, Split, Wrapper
-from trainer.model.reply import Reply, Verdict
+from trainer.model.reply import Reply
 from trainer.recipe.sections import RepairSection
 from trainer.training.fitting import ABSENT, REFUSED
 from trainer.training.repair import TrainingRow
-from trainer.training.rows import Mix, Target, consistency_rows, repair_rows
+from trainer.training.rows import Answer, Mix, Target, consistency_rows, repair_rows
 
 HARMFUL = [Prompt(f"h:{i}", Conversation.of(f"harm{i}"), "harmful") for i in range(8)]
 BENIGN = [Prompt(f"b:{i}", Conversation.of(f"kind{i}"), "benign") for i in range(6)]
@@ -30,17 +30,17 @@ MIX = RepairSection(recombined=2.0, robust=1.0, anchors=1.0, wrapped_benign=1.0,
 NONE = RepairSection(recombined=0.0, robust=0.0, anchors=0.0, wrapped_benign=0.0, plain_benign=0.0, borderline=0.0)
 
 
-def ask(prompts: Sequence[Conversation], label: str) -> list[Reply]:
-    return [Reply("no" if "edge0" in prompt.text else f"answer to {prompt.text}", (5, 1), True) for prompt in prompts]
-
-
-def judge(prompts: Sequence[Conversation], replies: Sequence[Reply]) -> list[Verdict]:
-    assert list(replies) == ask(prompts, ""), "every reply is judged with its own prompt in view"
-    return ["refused" if reply.text.startswith("no") else "complied" for reply in replies]
+def answered(prompts: Sequence[Conversation]) -> list[Answer]:
+    return [
+        Answer(Reply("no", (5, 1), True), "refused")
+        if "edge0" in prompt.text
+        else Answer(Reply(f"answer to {prompt.text}", (5, 1), True), "complied")
+        for prompt in prompts
+    ]
 
 
 def mix(section: RepairSection = MIX, seed: int = 0, corpus: Corpus = CORPUS) -> Mix:
-    return repair_rows(TARGETS, REFUSALS, corpus, section, ask, judge, seed)
+    return repair_rows(TARGETS, REFUSALS, corpus, section, answered, seed)
 
 
 def rows(section: RepairSection = MIX, seed: int = 0) -> list[TrainingRow]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any
 from data_prep.errors import UserError
 from data_prep.schema import Conversation, Prompt, Wrapper
 from trainer.model.reply import Ask, Judge, Reply
+from trainer.runtime.console import say
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class PairReport:
     rows: list[dict[str, object]] = field(default_factory=list)
 
     def counts(self) -> dict[str, int]:
-        """Outcome -> rows: anchor_refused, anchor_not_refused of goals; kept, jailbreak_failed, unjudged of pairs."""
+        """Outcome -> rows: anchor_refused, anchor_not_refused of goals; kept, jailbreak_failed, unjudged of pairs, and
+        surplus: usable, but more than were wanted.
+        """
         return dict(Counter(str(row["outcome"]) for row in self.rows))
 
     def jsonl(self) -> str:
@@ -80,10 +84,15 @@ def build_pairs(
     ask: Ask,
     judge: Judge,
     max_pairs: int,
+    tries_per_pair: int,
 ) -> PairReport:
     """Ask every goal plainly, then the refused ones inside jailbreaks, until `max_pairs` usable pairs are found.
 
     Goals meet the wrappers in turn, so that every goal is used before one is used twice, and families stay balanced.
+    Each time as many are asked as the success so far makes necessary, so that rare successes cost few calls.
+
+    Args:
+        tries_per_pair: times `max_pairs`: the most jailbreaks asked. Where they do not suffice, a line says so.
 
     Raises:
         UserError: the model refuses no goal, or no jailbreak succeeds; says how many were tried.
@@ -104,25 +113,38 @@ def build_pairs(
             "repair needs a model that refuses them when asked plainly"
         )
     candidates = _candidates(refused, wrappers)
-    tried = 0
-    while len(report.pairs) < max_pairs and tried < len(candidates):
-        chunk = candidates[tried : tried + max_pairs - len(report.pairs)]
+    budget = min(len(candidates), tries_per_pair * max_pairs)
+    tried = usable = 0
+    while usable < max_pairs and tried < budget:
+        chunk = candidates[tried : min(budget, tried + _needed(max_pairs - usable, usable, tried))]
         tried += len(chunk)
         wrapped = [wrapper.wrap(goal.conversation) for goal, _, wrapper in chunk]
         replies = ask(wrapped, "jailbreak replies")
         for (goal, refusal, wrapper), reply, verdict in zip(chunk, replies, judge(wrapped, replies), strict=True):
             outcome = {"complied": "kept", "refused": "jailbreak_failed"}.get(verdict, "unjudged")
+            usable += outcome == "kept"
+            outcome = "surplus" if outcome == "kept" and usable > max_pairs else outcome
             row: dict[str, object] = {"goal": goal.id, "wrapper": wrapper.id, "outcome": outcome}
             if outcome == "kept":
                 report.pairs.append(Pair(goal, wrapper, refusal, reply))
                 row["adversarial_sha256"] = hashlib.sha256(reply.text.encode()).hexdigest()
             report.rows.append(row)
+    if usable < max_pairs and budget < len(candidates):
+        say(
+            f"pairs: {usable} of {max_pairs} after {tried} jailbreaks ({usable / tried:.1%} succeed), the most that "
+            f"detect.tries_per_pair={tries_per_pair} allows"
+        )
     if not report.pairs:
         raise UserError(
             f"no pair survives: 0 of {tried} jailbroken goals were answered ({len(refused)} of {len(goals)} plain "
             f"goals are refused); the wrappers in data.jailbreaks.seen do not work on this model"
         )
     return report
+
+
+def _needed(missing: int, usable: int, tried: int) -> int:
+    """Jailbreaks to ask for `missing` pairs, at the rate so far; before any is known, or at none, as many again."""
+    return math.ceil(missing * tried / usable) if usable else max(missing, tried)
 
 
 def _candidates(

@@ -155,11 +155,10 @@ class Experiment(Generic[R]):
         label: str,
         *,
         section: RepliesSection,
-        model: PreTrainedModel | None = None,
     ) -> list[Reply]:
-        """Replies of the model, or of another one, as detection and the training rows ask for them."""
+        """Replies of the model, as detection and the training rows ask for them."""
         return reply(
-            model if model is not None else self.model,
+            self.model,
             self.chat,
             prompts,
             max_new_tokens=section.max_new_tokens,

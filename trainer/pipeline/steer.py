@@ -79,9 +79,8 @@ def _contrasts(
         found = contrasts.safety_from_answers(tokenizer, goals[:limit], str(section.refusal))
         report.rows += [{"goal": contrast.id, "outcome": "kept"} for contrast in found]
         return found
-    built = build_pairs(
-        goals, experiment.corpus.wrappers_of("seen"), partial(experiment.ask, section=asked), experiment.judge, limit
-    )
+    wrappers, ask = experiment.corpus.wrappers_of("seen"), partial(experiment.ask, section=asked)
+    built = build_pairs(goals, wrappers, ask, experiment.judge, limit, asked.tries_per_pair)
     report.rows, report.pairs = built.rows, built.pairs
     return contrasts.safety(tokenizer, built.pairs, section.refusal)
 

@@ -58,6 +58,9 @@ class RepliesSection(Section):
     """How detection asks the model, whatever it then looks for."""
 
     max_pairs: Count = Field(256, description="most pairs used")
+    tries_per_pair: Annotated[int, Field(ge=1, le=1000)] = Field(
+        16, description="jailbreaks asked for each of max_pairs at most, where few succeed"
+    )
     max_new_tokens: Count = Field(24, description="tokens of a generated reply")
     batch_size: Count = Field(32, description="prompts per forward")
 

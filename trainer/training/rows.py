@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from data_prep.errors import UserError
-from data_prep.schema import Corpus, Prompt, Wrapper
+from data_prep.schema import Conversation, Corpus, Prompt, Wrapper
 from data_prep.wrappers import recombine
-from trainer.model.reply import Ask, Judge, Reply
+from trainer.model.reply import Reply, Verdict
 from trainer.recipe.sections import RepairSection
 from trainer.training.consistency import ConsistencyRow
 from trainer.training.fitting import ABSENT, REFUSED, REMEDIES, UNJUDGED, LeftOut
@@ -35,6 +35,18 @@ class Mix:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """The original model's answer to a harmless prompt, and what the judge says of it."""
+
+    reply: Reply
+    verdict: Verdict
+
+
+Answered = Callable[[Sequence[Conversation]], Sequence[Answer]]
+"""Prompts -> their answers, in the same order."""
+
+
+@dataclass(frozen=True)
 class Target:
     """One jailbreak that succeeded, and the refusal it should have met."""
 
@@ -48,8 +60,7 @@ def repair_rows(
     refusals: dict[str, Reply],
     corpus: Corpus,
     section: RepairSection,
-    ask: Ask,
-    judge: Judge,
+    answered: Answered,
     seed: int,
 ) -> Mix:
     """All rows of the repair stage.
@@ -57,7 +68,7 @@ def repair_rows(
     Args:
         refusals: goal id -> the model's refusal of the plain goal, for every refused goal.
         section: says how many rows of which kind there are for each target.
-        ask: replies of the *original* model; asked once for all retain rows.
+        answered: asked once, for all retain rows.
 
     Raises:
         UserError: the recipe asks for a kind of rows of which the data has nothing.
@@ -97,14 +108,13 @@ def repair_rows(
     asked = [(w.wrap(prompt.conversation), "wrapped benign") for w, prompt in zip(twins, harmless, strict=True)]
     asked += [(prompt.conversation, "plain benign") for prompt in plain]
     asked += [(prompt.conversation, "borderline") for prompt in borderline]
-    prompts = [prompt for prompt, _ in asked]
-    answers = ask(prompts, "answers to retain") if asked else []
-    for (prompt, source), answer, verdict in zip(asked, answers, judge(prompts, answers), strict=True):
-        if verdict == "complied":
-            rows.append(TrainingRow(prompt, answer, "retain", source))
+    answers = answered([prompt for prompt, _ in asked])
+    for (prompt, source), answer in zip(asked, answers, strict=True):
+        if answer.verdict == "complied":
+            rows.append(TrainingRow(prompt, answer.reply, "retain", source))
         else:
             # An answer that is a refusal is over-refusal: nothing to hold on to.
-            left_out[source, REFUSED if verdict == "refused" else UNJUDGED] += 1
+            left_out[source, REFUSED if answer.verdict == "refused" else UNJUDGED] += 1
     return Mix(rows, left_out)
 
 

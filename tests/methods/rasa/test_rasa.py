@@ -110,7 +110,8 @@ def test_the_checkpoint_loads_without_this_project_and_gives_the_same_logits(dem
 def test_the_run_folder_holds_every_artefact_of_the_contract(demo: Path) -> None:
     for name in (
         "recipe.yaml", "manifest.json", "pairs.jsonl", "activations.parquet", "expert_set.json", "expert_set.png",
-        "evaluation.json", "audit.json", "report.html", "model/config.json", "stages/1-repair-1/state.safetensors",
+        "answers.jsonl", "evaluation.json", "audit.json", "report.html", "model/config.json",
+        "stages/1-repair-1/state.safetensors",
     ):  # fmt: skip
         assert (demo / name).stat().st_size > 0, name
     frame = pd.read_parquet(demo / "activations.parquet")
@@ -131,12 +132,12 @@ def test_running_again_does_nothing_and_keeps_every_figure(demo: Path, capfd: py
     recipe = demo.parent.parent / "rasa.yaml"
     run("run", recipe, f"run.output_dir={demo.parent}")
     out = capfd.readouterr().out
-    assert out.count("done before, kept") == 8
+    assert out.count("done before, kept") == 9
     assert (demo / "evaluation.json").read_text() == before
 
 
-def test_an_interrupted_run_ends_in_the_same_weights(
-    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_run_ends_in_the_same_weights_and_asks_for_no_answer_twice(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     recipe = small()
     run("run", recipe, "run.name=whole")
@@ -151,7 +152,10 @@ def test_an_interrupted_run_ends_in_the_same_weights(
         with pytest.raises(SystemExit) as stopped:
             main(["run", str(recipe), "run.name=broken"])
         assert stopped.value.code == 130
+    asked = "answers to retain"
+    assert asked in "".join(capfd.readouterr())
     run("run", recipe, "run.name=broken")
+    assert asked not in "".join(capfd.readouterr())
     states = [
         (tmp_path / "runs" / name / "stages/2-consistency-1/state.safetensors").read_bytes()
         for name in ("whole", "broken")

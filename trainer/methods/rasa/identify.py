@@ -85,7 +85,8 @@ def _find(experiment: Experiment[RasaRecipe], wrappers: list[Wrapper], k: int) -
     recipe, backbone, chat = experiment.recipe, experiment.backbone, experiment.chat
     detect = recipe.detect
     ask = partial(experiment.ask, section=detect)
-    report = build_pairs(experiment.corpus.harmful.train, wrappers, ask, experiment.judge, detect.max_pairs)
+    goals = experiment.corpus.harmful.train
+    report = build_pairs(goals, wrappers, ask, experiment.judge, detect.max_pairs, detect.tries_per_pair)
     counts = count_activations(backbone, chat, report.pairs, detect.tokens, detect.batch_size)
     scores = scoring(backbone, chat, report.pairs, counts, detect)
     experts = select(scores, counts, k, detect, recipe.run.seed)

@@ -22,6 +22,7 @@ from typing import Any
 
 from trainer.methods.rasa.footprint import may_change
 from trainer.methods.rasa.identify import Critical, identify
+from trainer.methods.rasa.mix import mixed
 from trainer.methods.rasa.plan import check_shared_experts, planned, would_change
 from trainer.methods.rasa.recipe import RasaRecipe
 from trainer.methods.rasa.report import report
@@ -79,18 +80,18 @@ class Rasa:
 
 def alternate(experiment: Experiment[RasaRecipe], critical: Step[Critical]) -> tuple[Stages, Step[Any]]:
     """Steps 2 and 3: expert repair and routing consistency in turn; what was done before is taken up."""
+    mix = mixed(experiment, critical)
     experiment = whole(experiment)
-    stages = Stages(experiment, split(experiment, critical.value.experts, experiment.recipe.repair), critical.value)
-    last: Step[Any] = critical
+    model = split(experiment, critical.value.experts, experiment.recipe.repair)
+    stages = Stages(experiment, model, critical.value, mix.value)
+    before: list[Step[Any]] = [critical, mix]
     for number, (round_, kind) in enumerate(experiment.recipe.training, start=1):
         name = f"{kind}-{round_}"
-        step = train_step(
-            experiment, name, number, stages.model, stages.measured(kind), reads=READS[kind], after=[last]
-        )
+        step = train_step(experiment, name, number, model, stages.measured(kind), reads=READS[kind], after=before)
         _say_effect(name, step.value)
         stages.effects.append({"stage": name, **step.value})
-        last = step
-    return stages, last
+        before = [step]
+    return stages, before[-1]
 
 
 def export(stages: Stages, last: Step[Any]) -> dict[str, Any]:

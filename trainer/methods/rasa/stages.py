@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-from transformers import PreTrainedModel
 
 from data_prep.schema import Conversation
 from trainer.evaluation.diagnostics import Twins, routing_gap
@@ -20,7 +17,7 @@ from trainer.pipeline.train import Train, split
 from trainer.training.consistency import make_routing_consistent
 from trainer.training.loop import StageResult
 from trainer.training.repair import repair_experts
-from trainer.training.rows import Mix, consistency_rows, repair_rows
+from trainer.training.rows import Mix, consistency_rows
 
 READS = {"repair": ["repair"], "consistency": ["repair", "consistency"]}
 """The recipe's sections that a stage depends on, besides the stages before it."""
@@ -43,12 +40,12 @@ def effect_of(kind: str, before: dict[str, float], after: dict[str, float]) -> d
 
 @dataclass
 class Stages:
-    """The stages of one repair; the rows are made once, on first use, from the original model's replies."""
+    """The stages of one repair."""
 
     experiment: Experiment[RasaRecipe]
     model: TrainableModel
     critical: Critical
-    made: Mix | None = None
+    mix: Mix
     effects: list[dict[str, Any]] = field(default_factory=list)
     """What each stage did, in order: `Stages.measured`."""
 
@@ -75,7 +72,7 @@ class Stages:
 
     def repair(self, folder: Path, identity: str) -> StageResult:
         """Minimise L_SFT over the critical experts at the present router."""
-        recipe, mix = self.experiment.recipe, self.mix()
+        recipe, mix = self.experiment.recipe, self.mix
         return repair_experts(
             self.model,
             self.experiment.chat,
@@ -90,34 +87,15 @@ class Stages:
     def consistency(self, folder: Path, identity: str) -> StageResult:
         """Minimise L_router over the routers at the present experts."""
         recipe, chat = self.experiment.recipe, self.experiment.chat
-        rows = consistency_rows(self.critical.targets, self.mix().rows, recipe.consistency.benign_weight)
+        rows = consistency_rows(self.critical.targets, self.mix.rows, recipe.consistency.benign_weight)
         longest = recipe.repair.trainer_arguments["max_length"]
         return make_routing_consistent(
             self.model, chat, rows, recipe.consistency, folder, recipe.run.seed, identity, longest
         )
 
-    def mix(self) -> Mix:
-        """Rows of the repair stage, from the original model's own replies."""
-        if self.made is None:
-            with self.model.original() as original:
-                self.made = self._answered_by(original.model)
-        return self.made
-
-    def _answered_by(self, original: PreTrainedModel) -> Mix:
-        experiment, recipe = self.experiment, self.experiment.recipe
-        return repair_rows(
-            self.critical.targets,
-            self.critical.refusals,
-            experiment.corpus,
-            recipe.repair,
-            partial(experiment.ask, section=recipe.detect, model=original),
-            experiment.judge,
-            recipe.run.seed,
-        )
-
     def texts(self) -> list[tuple[Conversation, Reply]]:
         """Jailbroken and harmless (prompt, reply) turns on which routing drift is measured."""
-        rows = self.mix().rows
+        rows = self.mix.rows
         jailbreaks = [(row.prompt, row.reply) for row in rows if row.source == "jailbreak"][:SHOWN]
         return jailbreaks + [(row.prompt, row.reply) for row in rows if row.stream == "retain"][:SHOWN]
 
@@ -125,9 +103,7 @@ class Stages:
         """A fresh copy of the model after the same schedule, rows and seed on matched random experts."""
         copy = self.experiment.reloaded()
         seed, repair = copy.recipe.run.seed, copy.recipe.repair
-        # Asked before the split: the copy is the original model.
-        mix = self.made if self.made is not None else self._answered_by(copy.model)
-        other = Stages(copy, split(copy, self.critical.experts.random_like(seed), repair), self.critical, mix)
+        other = Stages(copy, split(copy, self.critical.experts.random_like(seed), repair), self.critical, self.mix)
         for number, (_, kind) in enumerate(copy.recipe.training):
             other.kinds[kind](copy.folder / "stages" / "control" / str(number), identity)
         return copy
