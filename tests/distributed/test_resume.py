@@ -23,20 +23,25 @@ POINTS = {
     "between two files of detection": "trainer.methods.rasa.identify:plots.save_heat_map:1",
     "before detection is finished": "trainer.run.folder:Run.write_manifest:2",
     "in the first evaluation": "trainer.evaluation.suite:Suite.measure:1",
+    "before the answers to retain are kept": "trainer.methods.rasa.mix:atomic_write:1",
     "before the first checkpoint": "trainer.training.loop:SaveAndStop.on_step_end:1",
     "in the first checkpoint": "trainer.training.resume:save_tensors:2",
     "after a checkpoint": "trainer.training.loop:SaveAndStop.on_step_end:3",
     "while an older checkpoint is removed": "trainer.training.resume:shutil.rmtree:3",
     "before trained experts are saved": "trainer.pipeline.train:save_tensors:1",
-    "before repair is finished": "trainer.run.folder:Run.write_manifest:6",
+    "before repair is finished": "trainer.run.folder:Run.write_manifest:8",
     "in the consistency stage": "trainer.training.loop:SaveAndStop.on_step_end:9",
     "in the second evaluation": "trainer.evaluation.suite:Suite.measure:2",
+    "in a file of the export": "trainer.release.export:bits:40",
+    "between two files of the export": "trainer.release.export:copy_other_files:1",
     "while the checkpoint is audited": "trainer.pipeline.publish:audit_files:1",
     "before the patch": "trainer.pipeline.publish:write_patch:1",
     "before the report": "trainer.pipeline.publish:html.write:1",
 }
 FAST = {
     ("single", "after a checkpoint"),
+    ("single", "in the consistency stage"),
+    ("single", "in a file of the export"),
     ("zero3", "in the consistency stage"),
 }
 MATRIX = [

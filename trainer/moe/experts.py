@@ -26,7 +26,7 @@ from trainer.moe.expert_set import ExpertSet
 from trainer.moe.fp32_weights import Fp32Weights
 from trainer.moe.lora import lora_deltas
 from trainer.moe.modes import evaluating
-from trainer.moe.sharding import assign, gathered, whole
+from trainer.moe.sharding import assign, gathered, on_the_cpu, whole
 
 FusedExperts = Any
 """A module decorated with transformers' `use_experts_implementation`; upstream does not type its attributes."""
@@ -251,10 +251,9 @@ class SplitModel:
             for module in split:
                 module.split_enabled = True
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """What the repair may have changed: trained expert parameters and all routers, on the CPU."""
-        state = {**self.trainable(), **self.backbone.router_parameters()}
-        return {name: whole(parameter).cpu().clone() for name, parameter in state.items()}
+    def state_dict(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """What the repair may have changed: trained expert parameters and all routers, on the CPU. Collective."""
+        return on_the_cpu({**self.trainable(), **self.backbone.router_parameters()}, keep=keep)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore `state_dict`.

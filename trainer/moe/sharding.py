@@ -8,7 +8,7 @@ whole. Reading, writing and forward passes are collective: every process takes p
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -67,6 +67,16 @@ def whole(parameter: Tensor) -> Tensor:
         with _zero3_whole([parameter]):
             return parameter.detach().clone()
     return parameter.detach()
+
+
+def on_the_cpu(parameters: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Whole copies on the CPU, one gathered at a time; nothing where `keep` is false. Collective."""
+    held = {}
+    for name, parameter in parameters.items():
+        value = whole(parameter)
+        if keep:
+            held[name] = value.cpu().clone()
+    return held
 
 
 @torch.no_grad()

@@ -13,14 +13,15 @@ from transformers import PreTrainedModel
 
 from trainer.moe.backbone import Backbone
 from trainer.moe.fp32_weights import Fp32Weights
-from trainer.moe.sharding import assign, whole
+from trainer.moe.sharding import assign, on_the_cpu, whole
 
 
 class TrainableModel(Protocol):
     """A model under repair: `SplitModel` (critical experts) or `WholeModel` (full fine-tuning, to compare with).
 
     `is_original`: nothing of it was trained or loaded yet, so that it computes what the original does. `dtype`: the
-    type it computes in, whatever what trains is held in.
+    type it computes in, whatever what trains is held in. `state_dict`: collective; empty where `keep` is false, as one
+    process of many holds it.
     """
 
     backbone: Backbone
@@ -36,7 +37,7 @@ class TrainableModel(Protocol):
     def train_experts(self, *, routers: bool = False) -> None: ...
     def train_routers(self) -> None: ...
     def original(self, *, experts: bool = True, routers: bool = True) -> AbstractContextManager[Backbone]: ...
-    def state_dict(self) -> dict[str, Tensor]: ...
+    def state_dict(self, *, keep: bool = True) -> dict[str, Tensor]: ...
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
     def fuse(self) -> None: ...
     def stock_state(self) -> Iterator[tuple[str, Tensor]]: ...
@@ -84,8 +85,8 @@ class WholeModel:
         with torch.no_grad(), self._routers.original():
             yield self.backbone
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {name: whole(parameter).cpu().clone() for name, parameter in self.model.named_parameters()}
+    def state_dict(self, *, keep: bool = True) -> dict[str, Tensor]:
+        return on_the_cpu(dict(self.model.named_parameters()), keep=keep)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.is_original = False

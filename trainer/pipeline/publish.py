@@ -178,9 +178,11 @@ def stock_of(experiment: Experiment[Any], trained: TrainableModel, lora_alpha: f
             return None
         return fuse_into(experiment.reloaded().backbone, trained, lora_alpha)
     if not is_sharded(trained.model):
+        if not is_main_process():
+            return None
         trained.fuse()
         trained.model.cpu()
-        return trained.model if is_main_process() else None
+        return trained.model
     stock = load(experiment.recipe.model, torch.device("cpu"))[0] if is_main_process() else None
     held = stock.state_dict() if stock is not None else {}
     for name, tensor in trained.stock_state():

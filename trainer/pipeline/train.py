@@ -21,6 +21,7 @@ from trainer.pipeline.experiment import Experiment
 from trainer.recipe.section import TrainerSection
 from trainer.recipe.sections import RepairSection
 from trainer.run.step import Kept, Step
+from trainer.runtime.console import is_main_process
 from trainer.runtime.files import atomic_write, save_tensors
 from trainer.training import resume
 from trainer.training.loop import StageResult
@@ -101,7 +102,7 @@ def train_step(
         set_seed(experiment.recipe.run.seed + number)
         result = train(folder, identity)
         holds_result = True
-        return model.state_dict(), result
+        return model.state_dict(keep=is_main_process()), result
 
     def write(made: tuple[dict[str, Tensor], StageResult]) -> None:
         weights, result = made

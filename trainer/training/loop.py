@@ -24,7 +24,7 @@ from trainer.recipe.section import TrainerSection
 from trainer.runtime import signals
 from trainer.runtime.console import is_main_process, progress, say
 from trainer.runtime.files import save_tensors
-from trainer.runtime.processes import any_rank, world_size
+from trainer.runtime.processes import any_rank, from_rank_0, world_size
 from trainer.training.fitting import RowTable
 from trainer.training.moved import fingerprints, moved
 from trainer.training.resume import ResumableTrainer, resumable
@@ -186,8 +186,8 @@ def stop_unless_finite(loss: Tensor, step: int, trained: TrainableModel, folder:
     """
     if not any_rank(not math.isfinite(loss.item())):
         return
-    state = trained.state_dict()
-    if all(bool(t.isfinite().all()) for t in state.values()):
+    state = trained.state_dict(keep=is_main_process())
+    if from_rank_0(all(bool(t.isfinite().all()) for t in state.values())):
         if is_main_process():
             save_tensors(folder / "last_good.safetensors", state)
         kept = f"the weights before this step are in {folder / 'last_good.safetensors'}"

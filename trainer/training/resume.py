@@ -116,7 +116,7 @@ def save(trainer: ResumableTrainer) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     rngs = from_all_ranks({rank(): _rng()})
-    weights, optimiser = trainer.trained.state_dict(), optimiser_states.read(trainer)
+    weights, optimiser = trainer.trained.state_dict(keep=is_main_process()), optimiser_states.read(trainer)
     failed: OSError | None = None
     try:
         if is_main_process():
