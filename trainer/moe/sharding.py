@@ -126,13 +126,19 @@ def gathered(backbone: Backbone, module: nn.Module) -> Iterator[None]:
 def units(backbone: Backbone) -> list[nn.Module]:
     """The modules that are gathered as one: every decoder layer, and every module with parameters outside of them."""
     modules = dict(backbone.model.named_modules())
-    stacks = {_stack_of(layer.experts_name, modules) for layer in backbone}
-    layers = [layer for name in sorted(stacks) for layer in modules[name].children()]
+    layers = list(decoder_layers(backbone).values())
     inside = {id(module) for layer in layers for module in layer.modules()}
     others = [
         m for m in modules.values() if id(m) not in inside and next(m.parameters(recurse=False), None) is not None
     ]
     return layers + others
+
+
+def decoder_layers(backbone: Backbone) -> dict[str, nn.Module]:
+    """Name in the model -> decoder layer, in order; a layer's position is its index."""
+    modules = dict(backbone.model.named_modules())
+    stacks = {_stack_of(layer.experts_name, modules) for layer in backbone}
+    return {f"{name}.{i}": layer for name in sorted(stacks) for i, layer in modules[name].named_children()}
 
 
 def _stack_of(name: str, modules: dict[str, nn.Module]) -> str:
