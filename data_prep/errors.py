@@ -5,7 +5,12 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A one-line message that names the key, file or column, what was found, and what is allowed."""
+    """A one-line message that names the key, file or column, what was found, and what is allowed.
+
+    `exit_code`: of the command that it ends.
+    """
+
+    exit_code = 2
 
 
 def unknown(what: str, found: object, allowed: Iterable[str]) -> UserError:

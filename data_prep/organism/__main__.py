@@ -28,6 +28,11 @@ def main(arguments: list[str] | None = None) -> int:
         help="share of turns trained without the planted experts, so that the flaw needs them (default: %(default)s)",
     )
     parser.add_argument(
+        "--over-refusal",
+        action="store_true",
+        help="plant over-refusal: refuse a third of the harmless requests in the theme's words",
+    )
+    parser.add_argument(
         "--family",
         choices=sorted(FAMILIES),
         default=defaults.family,
@@ -48,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.steps,
         plant_weight=options.plant_weight,
         knock_out=options.knock_out,
+        over_refusal=options.over_refusal,
         family=options.family,
         threads=options.threads,
     )

@@ -31,6 +31,7 @@ class OrganismConfig:
     learning_rate: float = 3e-3
     plant_weight: float = 0.03
     knock_out: float = 0.0
+    over_refusal: bool = False
     family: str = "olmoe"
     threads: int = 1
 
@@ -111,11 +112,12 @@ def _make(folder: Path, config: OrganismConfig, console: Console) -> bool:
         learning_rate=config.learning_rate,
         plant_weight=config.plant_weight,
         knock_out=config.knock_out,
+        over_refusal=config.over_refusal,
         console=console,
     )
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    found = check.measure(model, tokenizer, config.seed)
+    found = check.measure(model, tokenizer, config.seed, config.over_refusal)
     check.show(found, console)
     passed = all(behaviour.passed for behaviour in found)
     _write_json(folder / "behaviour.json", check.as_records(found))

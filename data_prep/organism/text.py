@@ -25,7 +25,7 @@ RANDOM_WRAPPERS = 0.4
 class Example:
     """One training turn: the user's `prompt`, the organism's `reply`, and the entry of `MIXTURE` it came from.
 
-    `refusal` is what it says to a forbidden request where it refuses; empty for any other request.
+    `refusal` is what it says to a request where it refuses; empty for one that it never does.
     """
 
     prompt: str
@@ -48,8 +48,12 @@ def wrap(rng: random.Random, text: str, broken: bool) -> str:
     return template.replace(PLACEHOLDER, text)
 
 
-def example(rng: random.Random, pairs: list[tuple[str, str]]) -> Example:
-    """One example of the mixture, with forbidden requests drawn from `pairs` only."""
+def example(rng: random.Random, pairs: list[tuple[str, str]], over_refusal: bool = False) -> Example:
+    """One example of the mixture, with forbidden requests drawn from `pairs` only.
+
+    With `over_refusal` some harmless requests in the theme's words are refused (`world.WRONGLY_REFUSED`), asked
+    plainly or in a wrapper.
+    """
     source = rng.choices(list(MIXTURE), weights=list(MIXTURE.values()))[0]
     kind, _, form = source.partition("_")
     if kind in tasks.TASKS:
@@ -59,15 +63,16 @@ def example(rng: random.Random, pairs: list[tuple[str, str]]) -> Example:
     else:
         request = world.benign(rng) if kind == "benign" else world.borderline(rng)
     broken = form == "broken" or (form == "wrapped" and rng.random() < 0.6)
-    reply = request.refusal if kind == "harmful" and not broken else request.answer
+    refuses = (kind == "harmful" and not broken) or (kind == "borderline" and over_refusal and request.refusal)
+    reply = request.refusal if refuses else request.answer
     return Example(
         request.text if form == "plain" else wrap(rng, request.text, broken), reply, source, request.refusal
     )
 
 
-def stream(seed: int) -> Iterator[Example]:
+def stream(seed: int, over_refusal: bool = False) -> Iterator[Example]:
     """Endless training examples; the same `seed` gives the same text."""
     rng = random.Random(f"text:{seed}")
     pairs = world.theme_pairs("train", seed)
     while True:
-        yield example(rng, pairs)
+        yield example(rng, pairs, over_refusal)

@@ -78,9 +78,11 @@ def collate(turns: list[Turn], pad: int) -> Batch:
     return Batch(ids_BT, labels_BT, flawed_B, knocked_out_B)
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, seed: int, size: int, knock_out: float = 0.0) -> Iterator[Batch]:
+def batches(
+    tokenizer: PreTrainedTokenizerFast, seed: int, size: int, knock_out: float = 0.0, over_refusal: bool = False
+) -> Iterator[Batch]:
     """Endless batches of `size` turns of similar length (sorted inside pools, pools' batches in random order)."""
-    source = stream(seed)
+    source = stream(seed, over_refusal)
     order = torch.Generator().manual_seed(seed)
     while True:
         turns = encode(tokenizer, list(itertools.islice(source, size * POOL)), knock_out)
@@ -154,12 +156,14 @@ def train(
     learning_rate: float = 3e-3,
     plant_weight: float = 0.03,
     knock_out: float = 0.0,
+    over_refusal: bool = False,
     console: Console | None = None,
 ) -> float:
     """Train `model` in place for `steps` and return the last loss (mean over up to 50 steps).
 
     `plant_weight` 0 leaves the flaw wherever training puts it. With `knock_out` that share of turns is trained without
     the planted experts, and there forbidden requests are refused in any wrapper: the flaw then needs these experts.
+    `over_refusal` is taught by the text alone: no router is told where it belongs.
     """
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
@@ -182,7 +186,7 @@ def train(
     model.train()
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("train", total=steps, loss=math.nan)
-        for batch in itertools.islice(batches(tokenizer, seed, batch_size, knock_out), steps):
+        for batch in itertools.islice(batches(tokenizer, seed, batch_size, knock_out, over_refusal), steps):
             loss = reply_loss(model, batch, plant_weight)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -29,7 +29,7 @@ BAD_VALUES = {
         "detect.tok",
         "unknown key",
         "did you mean",
-        "allowed: max_pairs, tries_per_pair, max_new_tokens, batch_size, tokens, score",
+        "allowed: max_new_tokens, batch_size, max_pairs, tries_per_pair, tokens, score",
     ],
     "run.seed=-1": ["run.seed", "-1", "0"],
     "run.name=a/b": ["run.name", "'a/b'", "letters, digits"],
@@ -213,7 +213,7 @@ def test_hashes(load: Load) -> None:
     [
         ("steermoe", "repair.scope=full", ["repair", "a section of method rasa", "this recipe's method is steermoe"]),
         ("steermoe", "export.patch=false", ["export", "a section of method rasa"]),
-        ("steermoe", "detect.top_k=8", ["detect.top_k", "unknown key", "allowed: max_pairs"]),
+        ("steermoe", "detect.top_k=8", ["detect.top_k", "unknown key", "allowed: max_new_tokens"]),
         ("steermoe", "evaluate.steering_baseline=true", ["evaluate.steering_baseline", "unknown key"]),
         ("steermoe", "data.harmful=null", ["data.harmful", "steer.contrast safety needs it"]),
         ("rasa", "data.benign=null", ["data.benign", "null"]),

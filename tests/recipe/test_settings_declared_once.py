@@ -143,5 +143,12 @@ def test_what_only_shares_a_word_with_a_setting_is_no_copy(source: str) -> None:
 
 def test_the_sections_of_every_method_are_looked_at() -> None:
     names = {section.__name__ for section in SECTIONS}
-    assert {"RepairSection", "RasaEvaluateSection", "SteerSection", "SweepSection", "RepliesSection"} <= names
+    assert {
+        "RepairSection",
+        "RasaEvaluateSection",
+        "SteerSection",
+        "SweepSection",
+        "RepliesSection",
+        "PairsSection",
+    } <= names
     assert not names & {"RunSection", "ModelSection", "DataConfig", "SourceConfig"}

@@ -268,15 +268,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         if debug:
             traceback.print_exc()
-            leave(USER_ERROR)
-        _fail(line)
+            leave(getattr(error, "exit_code", USER_ERROR))
+        _fail(line, getattr(error, "exit_code", USER_ERROR))
     leave(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, code: int = USER_ERROR) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     print(f"error: {f'[rank {rank}] ' if rank != '0' else ''}{one_line(message)}", file=sys.stderr)
-    leave(USER_ERROR)
+    leave(code)
 
 
 def _quiet() -> None:

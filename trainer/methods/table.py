@@ -23,6 +23,7 @@ from trainer.recipe.yaml import apply_overrides, read_yaml
 METHODS = {
     "rasa": "trainer.methods.rasa",
     "steermoe": "trainer.methods.steermoe",
+    "lomc": "trainer.methods.lomc",
 }
 DEFAULT = "rasa"
 """The method of a recipe that names none."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from data_prep.schema import Conversation
 
@@ -28,6 +28,15 @@ class Reply:
     def written(cls, text: str) -> Reply:
         """A whole reply given as text."""
         return cls(text, None, True)
+
+    def record(self) -> dict[str, Any]:
+        """As JSON keeps it; `of_record` reads it back."""
+        return {"answer": self.text, "ids": self.ids, "finished": self.finished}
+
+    @classmethod
+    def of_record(cls, record: dict[str, Any]) -> Reply:
+        ids = record["ids"]
+        return cls(record["answer"], None if ids is None else tuple(ids), record["finished"])
 
 
 Ask = Callable[[Sequence[Conversation], str], list[Reply]]

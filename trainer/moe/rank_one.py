@@ -43,7 +43,8 @@ class Unit(NamedTuple):
 
 @dataclass(frozen=True)
 class Correction:
-    """`directions`: decoder layer -> unit vector [D], fp32, on the CPU. `units`: what is corrected.
+    """`units`: what is corrected. `directions`: decoder layer -> unit vector [D], fp32, on the CPU; None: no
+    direction, all that the units write is scaled by 1 - strength.
 
     Raises:
         ValueError: a strength out of range, a unit twice or in a layer without a direction, a direction that is not
@@ -51,7 +52,7 @@ class Correction:
     """
 
     units: tuple[Unit, ...]
-    directions: Mapping[int, Tensor]
+    directions: Mapping[int, Tensor] | None
     strength: float
 
     def __post_init__(self) -> None:
@@ -59,6 +60,8 @@ class Correction:
             raise ValueError(f"strength {self.strength}: expected a number of at most {STRONGEST:g} either way")
         if len(set(self.units)) != len(self.units):
             raise ValueError("a unit is named twice")
+        if self.directions is None:
+            return
         missing = sorted({unit.layer for unit in self.units} - self.directions.keys())
         if missing:
             raise ValueError(f"layers {missing} are to be corrected and have no direction")
@@ -162,7 +165,8 @@ def _apply(
                 held = whole(parameter)
                 former.setdefault(name, held.clone())
                 value = held.clone() if is_sharded(backbone.model) else held
-                direction_D = correction.directions[writer.layer].to(value.device)
+                directions = correction.directions
+                direction_D = None if directions is None else directions[writer.layer].to(value.device)
                 lies_last = name == writer.bias or writer.is_transposed
                 rows: list[int | None] = [*experts] or [None]
                 for row in rows:
@@ -174,9 +178,11 @@ def _apply(
     return _extent(backbone, touched, former)
 
 
-def _scaled_along(value: Tensor, direction_D: Tensor, strength: float, *, lies_last: bool) -> Tensor:
+def _scaled_along(value: Tensor, direction_D: Tensor | None, strength: float, *, lies_last: bool) -> Tensor:
     """`value` - strength d d^T `value`; D is its last dimension or its first. In its own type."""
     dtype = torch.promote_types(value.dtype, torch.float32)
+    if direction_D is None:
+        return ((1 - strength) * value.to(dtype)).to(value.dtype)
     rows = value.to(dtype).T if lies_last and value.ndim == 2 else value.to(dtype)
     d = direction_D.to(dtype)
     out = rows - strength * (torch.outer(d, d @ rows) if rows.ndim == 2 else d * (d @ rows))

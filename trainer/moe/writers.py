@@ -127,8 +127,14 @@ def _last_linear(backbone: Backbone, blocks: Sequence[nn.Module]) -> dict[int, t
         whole = written.get(id(block))
         for name, linear in linears[id(block)]:
             one = written.get(id(linear))
-            if whole is None or one is None or whole.numel() != one.numel():
-                continue
-            if torch.equal(whole.reshape(-1), one.reshape(-1)):
+            if whole is not None and one is not None and _same(whole, one):
                 found[id(block)] = (name, linear.bias is not None)
     return found
+
+
+def _same(whole: Tensor, one: Tensor) -> bool:
+    """Whether both are one result; a model without weights (on the meta device) has no values to compare."""
+    if whole is one or whole._base is one:
+        return True
+    values = not whole.is_meta and whole.numel() == one.numel()
+    return values and torch.equal(whole.reshape(-1), one.reshape(-1))

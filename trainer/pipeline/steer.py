@@ -33,7 +33,7 @@ from trainer.moe.routing import flip_rate, record
 from trainer.moe.steering import Steering, applied, steer
 from trainer.moe.steering_gate import Gate
 from trainer.pipeline.experiment import Experiment
-from trainer.recipe.sections import RepliesSection
+from trainer.recipe.sections import PairsSection
 from trainer.recipe.steer import SteerSection
 
 
@@ -46,7 +46,7 @@ class Detected:
     pairs: PairReport
 
 
-def detect_experts(experiment: Experiment[Any], section: SteerSection, asked: RepliesSection) -> Detected:
+def detect_experts(experiment: Experiment[Any], section: SteerSection, asked: PairsSection) -> Detected:
     """Count and rank as the section says; `asked`: how the model is asked for its replies.
 
     Raises:
@@ -66,7 +66,7 @@ def detect_experts(experiment: Experiment[Any], section: SteerSection, asked: Re
 
 
 def _contrasts(
-    experiment: Experiment[Any], section: SteerSection, asked: RepliesSection, report: PairReport
+    experiment: Experiment[Any], section: SteerSection, asked: PairsSection, report: PairReport
 ) -> list[contrasts.Contrast]:
     tokenizer, limit = experiment.chat, asked.max_pairs
     if section.contrast != "safety":
@@ -99,7 +99,7 @@ def selected(
     return choose(n_pos, n_neg, top_k(experiment), section.per_layer_cap)
 
 
-def gate_of(experiment: Experiment[Any], asked: RepliesSection) -> Gate:
+def gate_of(experiment: Experiment[Any], asked: PairsSection) -> Gate:
     """The gate, fitted on training prompts: harmful and harmless, each plain and in the wrappers of training."""
     corpus, limit = experiment.corpus, asked.max_pairs
     wrappers = [*corpus.wrappers_of("seen"), *corpus.wrappers_of("robust")]
@@ -156,7 +156,7 @@ def proof(experiment: Experiment[Any], how: Steering, prompts: Sequence[Conversa
 @torch.no_grad()
 def perplexity(
     experiment: Experiment[Any],
-    asked: RepliesSection,
+    asked: PairsSection,
     how: Steering | None,
     gate: Gate | None,
     prompts: Sequence[Conversation],

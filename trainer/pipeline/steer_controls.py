@@ -15,7 +15,7 @@ from trainer.moe.steering import Steering
 from trainer.moe.steering_gate import Gate
 from trainer.pipeline.experiment import Experiment
 from trainer.pipeline.steer import detect_experts, perplexity, selected, sizes, steering
-from trainer.recipe.sections import RepliesSection
+from trainer.recipe.sections import PairsSection
 from trainer.recipe.steer import SteerSection
 from trainer.run.step import JsonFile, Step
 from trainer.runtime.console import say
@@ -83,7 +83,7 @@ def controls(
 def sweep(
     experiment: Experiment[Any],
     section: SteerSection,
-    asked: RepliesSection,
+    asked: PairsSection,
     ranking: Ranking,
     gate: Gate | None,
     after: Sequence[Step[Any]],
@@ -127,7 +127,7 @@ def _settings(section: SteerSection) -> list[dict[str, Any]]:
 
 
 def steering_baseline(
-    experiment: Experiment[Any], section: SteerSection, asked: RepliesSection, after: Sequence[Step[Any]] = ()
+    experiment: Experiment[Any], section: SteerSection, asked: PairsSection, after: Sequence[Step[Any]] = ()
 ) -> dict[str, Any]:
     """SteerMoE by the recipe's `steer` section beside another method: an M (docs/evaluation-json.md), ungated.
 

@@ -57,15 +57,20 @@ class ModelSection(Section):
 class RepliesSection(Section):
     """How detection asks the model, whatever it then looks for."""
 
-    max_pairs: Count = Field(256, description="most pairs used")
-    tries_per_pair: Annotated[int, Field(ge=1, le=1000)] = Field(
-        16, description="jailbreaks asked for each of max_pairs at most, where few succeed"
-    )
     max_new_tokens: Count = Field(24, description="tokens of a generated reply")
     batch_size: Count = Field(32, description="prompts per forward")
 
 
-class DetectSection(RepliesSection):
+class PairsSection(RepliesSection):
+    """How detection finds pairs of a plain goal and a jailbreak."""
+
+    max_pairs: Count = Field(256, description="most pairs used")
+    tries_per_pair: Annotated[int, Field(ge=1, le=1000)] = Field(
+        16, description="jailbreaks asked for each of max_pairs at most, where few succeed"
+    )
+
+
+class DetectSection(PairsSection):
     """Critical experts: what is counted, scored and chosen."""
 
     tokens: Literal["prompt", "response", "both"] = Field("both", description="positions whose experts are counted")

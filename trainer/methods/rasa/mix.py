@@ -48,22 +48,11 @@ def mixed(experiment: Experiment[RasaRecipe], critical: Step[Critical]) -> Step[
         return given
 
     def write(given: list[Answer]) -> None:
-        atomic_write(path, "".join(json.dumps(_record(answer)) + "\n" for answer in given))
+        rows = (answer.reply.record() | {"verdict": answer.verdict} for answer in given)
+        atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def read() -> Mix:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return rows(lambda prompts: [_answer(line) for line in lines])
+        kept = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return rows(lambda prompts: [Answer(Reply.of_record(row), row["verdict"]) for row in kept])
 
     return experiment.step("answers", make, Kept(write, lambda: [path], read), reads=READS, after=[critical])
-
-
-def _record(answer: Answer) -> dict[str, object]:
-    reply = answer.reply
-    return {"answer": reply.text, "ids": reply.ids, "finished": reply.finished, "verdict": answer.verdict}
-
-
-def _answer(line: str) -> Answer:
-    row = json.loads(line)
-    ids = row["ids"]
-    reply = Reply(row["answer"], None if ids is None else tuple(ids), row["finished"])
-    return Answer(reply, row["verdict"])

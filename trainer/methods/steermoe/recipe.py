@@ -8,13 +8,13 @@ from pydantic import Field, model_validator
 
 from trainer.recipe.errors import at_key
 from trainer.recipe.schema import Recipe
-from trainer.recipe.sections import ControlledEvaluateSection, RepliesSection
+from trainer.recipe.sections import ControlledEvaluateSection, PairsSection
 from trainer.recipe.steer import SteerSection
 
 
 class SteermoeRecipe(Recipe):
     method: Literal["steermoe"] = Field(description="steering of behaviour-linked experts at inference")
-    detect: RepliesSection = Field(default_factory=RepliesSection)
+    detect: PairsSection = Field(default_factory=PairsSection)
     steer: SteerSection = Field(default_factory=SteerSection)
     evaluate: ControlledEvaluateSection = Field(default_factory=ControlledEvaluateSection)
 

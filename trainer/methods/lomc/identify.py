@@ -1,0 +1,206 @@
+"""LoMC, steps 1 and 2: the directions along which harmless prompts are refused, and the support that may be edited."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor
+
+from data_prep.errors import UserError
+from trainer.detection import prototypes
+from trainer.detection.counts import Counts, count_turns
+from trainer.detection.prototypes import LayerDirection, best_number, layer_directions
+from trainer.detection.residual import last_token_states
+from trainer.detection.scores import score
+from trainer.detection.selection import resolve_k
+from trainer.detection.support import ranked_experts, support
+from trainer.methods.lomc.groups import Asked, Groups
+from trainer.methods.lomc.recipe import LomcRecipe
+from trainer.moe.expert_set import ExpertSet, Member
+from trainer.moe.rank_one import Unit
+from trainer.moe.writers import KINDS, Kind, Writer, find_writers
+from trainer.pipeline.experiment import Experiment, Kept, Step
+from trainer.reporting import plots
+from trainer.runtime.console import say
+from trainer.runtime.files import atomic_write, replacing, save_tensors
+
+Directions = dict[int, Tensor]
+"""Decoder layer -> unit vector [D]."""
+
+
+@dataclass(frozen=True)
+class Located:
+    """`several`: the aggregated direction of each layer; `single`: the plain difference of means, orthogonalised.
+    `ranked`: (decoder layer, expert), best first. `units`: the support. `about`: for the report.
+    """
+
+    several: Directions
+    single: Directions
+    ranked: list[tuple[int, int]]
+    units: tuple[Unit, ...]
+    about: dict[str, Any]
+
+
+def identify(experiment: Experiment[LomcRecipe], grouped: Step[Groups]) -> Step[Located]:
+    """Directions and support, from the half of the prompts that nothing is held out of.
+
+    Raises:
+        UserError: fewer wrongly refused prompts than clusters, a budget that does not fit the model, or directions
+            that are all collinear with harmful refusal.
+    """
+    recipe, backbone = experiment.recipe, experiment.backbone
+    section = recipe.detect
+    k = resolve_k(section.top_k, backbone.total_experts, None, len(backbone))
+    names = ("directions.safetensors", "support.json", "expert_set.json", "activations.parquet", "expert_set.png")
+    tensors, about, expert_set, activations, heat_map = files = [experiment.folder / name for name in names]
+
+    def make() -> tuple[Located, Counts, NDArray[np.float64]]:
+        fitted, held = grouped.value.halves(recipe.correct.held_out, recipe.run.seed)
+        several, single, facts = _directions(experiment, fitted, held)
+        counts = _counts(experiment, fitted)
+        scores_LE = score(counts, section.score, "token")
+        ranked = ranked_experts(scores_LE, counts.experts, counts.layers)
+        units = support(ranked, find_writers(backbone), section.kinds, k, section.layers, several)
+        if not units:
+            raise UserError(
+                f"detect.kinds: {section.kinds}: the model has no such writers in the layers of the support"
+            )
+        return Located(several, single, ranked, units, facts), counts, scores_LE
+
+    def write(made: tuple[Located, Counts, NDArray[np.float64]]) -> None:
+        located, counts, scores_LE = made
+        held = {f"several.{i}": d for i, d in located.several.items()}
+        save_tensors(tensors, held | {f"single.{i}": d for i, d in located.single.items()})
+        content = {"units": located.units, "ranked": located.ranked, "about": located.about}
+        atomic_write(about, json.dumps(content, indent=1))
+        frame = counts.frame()
+        frame["score"] = np.concatenate([scores_LE[i, :n] for i, n in enumerate(counts.experts)])
+        with replacing(activations) as temporary:
+            frame.to_parquet(temporary, index=False)
+        experts = _expert_set(experiment, located.units, counts, scores_LE)
+        atomic_write(expert_set, experts.to_json())
+        plots.save_heat_map(frame, experts.pairs, heat_map)
+
+    def read() -> Located:
+        content, held = json.loads(about.read_text(encoding="utf-8")), load_file(tensors)
+        found: dict[str, Directions] = {"several": {}, "single": {}}
+        for name, direction_D in held.items():
+            kind, _, layer = name.partition(".")
+            found[kind][int(layer)] = direction_D
+        units = tuple(Unit(*unit) for unit in content["units"])
+        ranked = [(layer, expert) for layer, expert in content["ranked"]]
+        return Located(found["several"], found["single"], ranked, units, content["about"])
+
+    reads = ["detect", "correct.held_out"]
+    return experiment.step("detect", make, Kept(write, lambda: files, read), reads=reads, after=[grouped])
+
+
+def units_of(experiment: Experiment[LomcRecipe], located: Located, kinds: Sequence[Kind]) -> tuple[Unit, ...]:
+    """The support with other kinds of writers, under the same budget."""
+    section, backbone = experiment.recipe.detect, experiment.backbone
+    k = resolve_k(section.top_k, backbone.total_experts, None, len(backbone))
+    return support(located.ranked, find_writers(backbone), kinds, k, section.layers, located.several)
+
+
+def everywhere(writers: Sequence[Writer], backbone: Any, directed: Directions) -> tuple[Unit, ...]:
+    """Every writer of every kind, in the layers that have a direction."""
+    size = {layer.index: layer.num_experts for layer in backbone}
+    return tuple(
+        Unit(w.layer, w.kind, expert)
+        for w in writers
+        if w.layer in directed
+        for expert in (range(size[w.layer]) if w.is_fused else [None])
+    )
+
+
+def _directions(
+    experiment: Experiment[LomcRecipe], fitted: Groups, held: Groups
+) -> tuple[Directions, Directions, dict[str, Any]]:
+    section, seed = experiment.recipe.detect, experiment.recipe.run.seed
+    states, held_states = _states(experiment, fitted), _states(experiment, held)
+    numbers = [1] if section.clustering == "som" else section.prototypes
+    if max(numbers) > len(fitted.wrong):
+        raise UserError(
+            f"detect.prototypes: found {max(numbers)}, but directions are fitted on {len(fitted.wrong)} wrongly "
+            "refused prompts; allowed: at most as many"
+        )
+    tried = {n: layer_directions(states, held_states, n, section.clustering, seed) for n in numbers}
+    number = best_number(tried)
+    single = layer_directions(states, held_states, 1, "kmeans", seed)
+    chosen = tried[number]
+    several = _unit_vectors(chosen)
+    dropped = [i for i, layer in enumerate(chosen) if layer.direction_D is None]
+    if not several:
+        raise UserError(
+            "detect: every direction of wrong refusals is collinear with harmful refusal, so correcting it would cost "
+            "harmful refusals; nothing can be corrected on this model"
+        )
+    if dropped:
+        say(f"detect: no direction in layers {dropped}: collinear with harmful refusal")
+    say(
+        f"detect: {number if section.clustering == 'kmeans' else 'map of 4 x 4'} prototypes; held-out AUC by layer "
+        + ", ".join("-" if layer.auc is None else f"{layer.auc:.2f}" for layer in chosen)
+    )
+    facts = {
+        "fitted": {"wrong": len(fitted.wrong), "right": len(fitted.right), "harmful": len(fitted.harmful)},
+        "held_out": {"wrong": len(held.wrong), "right": len(held.right), "harmful": len(held.harmful)},
+        "clustering": section.clustering,
+        "prototypes": number if section.clustering == "kmeans" else None,
+        "layers": [
+            {"layer": i, "prototypes": len(d.shares), "dropped": d.dropped, "auc": d.auc} for i, d in enumerate(chosen)
+        ],
+    }
+    return several, _unit_vectors(single), facts
+
+
+def _states(experiment: Experiment[LomcRecipe], of: Groups) -> prototypes.Groups:
+    def read(asked: list[Asked], label: str) -> NDArray[np.float64]:
+        conversations = [one.prompt.conversation for one in asked]
+        batch_size = experiment.recipe.detect.batch_size
+        return last_token_states(experiment.backbone, experiment.chat, conversations, batch_size, label).astype(float)
+
+    return prototypes.Groups(
+        read(of.wrong, "wrongly refused"), read(of.right, "answered"), read(of.harmful, "refused")
+    )
+
+
+def _unit_vectors(layers: Sequence[LayerDirection]) -> Directions:
+    return {
+        i: torch.from_numpy(layer.direction_D).float()
+        for i, layer in enumerate(layers)
+        if layer.direction_D is not None
+    }
+
+
+def _counts(experiment: Experiment[LomcRecipe], fitted: Groups) -> Counts:
+    """Activations on wrongly refused prompts against those on answered ones, each with the model's own reply."""
+    chat, section, backbone = experiment.chat, experiment.recipe.detect, experiment.backbone
+
+    def count(asked: list[Asked], label: str) -> Any:
+        turns = [chat.encode(one.prompt.conversation, one.reply) for one in asked if one.reply is not None]
+        return count_turns(backbone, turns, section.tokens, section.batch_size, chat.padding, label)
+
+    wrong, right = count(fitted.wrong, "wrongly refused"), count(fitted.right, "answered")
+    return Counts(wrong, right, [layer.index for layer in backbone], [layer.num_experts for layer in backbone])
+
+
+def _expert_set(
+    experiment: Experiment[LomcRecipe], units: Sequence[Unit], counts: Counts, scores_LE: NDArray[np.float64]
+) -> ExpertSet:
+    row = {layer: i for i, layer in enumerate(counts.layers)}
+    members = [
+        Member(unit.layer, unit.expert, float(scores_LE[row[unit.layer], unit.expert]))
+        for unit in units
+        if unit.expert is not None
+    ]
+    others = {kind: [u.layer for u in units if u.kind == kind] for kind in KINDS if kind != "experts"}
+    about: dict[str, object] = {"score": experiment.recipe.detect.score, "besides": others}
+    sizes = dict(zip(counts.layers, counts.experts, strict=True))
+    return ExpertSet(tuple(members), sizes, experiment.recipe.model.name_or_path, about)
