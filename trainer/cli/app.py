@@ -205,6 +205,20 @@ def apply(
 
 
 @app.command()
+def audit(
+    run: RunFolder,
+    prompts: Annotated[int, typer.Option(help="Test prompts of each kind.", min=2, max=100_000)] = 60,
+) -> None:
+    """Measure, in memory, how far compact edits move the refusals of a run's base and of its model."""
+    from trainer.methods.table import recipe_of
+    from trainer.pipeline.experiment import reopened
+    from trainer.pipeline.robustness import audit as curves
+
+    with reopened(run, recipe_of) as folder:
+        curves(folder.recipe, run, prompts)
+
+
+@app.command()
 def push(
     run: RunFolder,
     repo: Annotated[str, typer.Option(help="The repository on the Hub, user/name.")],

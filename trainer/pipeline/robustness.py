@@ -1,17 +1,18 @@
 """How far a compact edit would move a model's refusals: measured in memory, on the base and on what a run exported.
 
-The attack is directional ablation inside a support (`moe/rank_one.py`): the difference of means between refused harmful
-and answered harmless prompts is taken out of what some writers write. Kinds of writers are measured alone and together,
-over a growing share of the experts: a repair that leans on one kind of unit shows. The model is whole again after every
-edit, byte for byte; no function here, and none that it calls inside an edit, writes weights.
+The attack is directional ablation inside a support (`moe/rank_one.py`): the difference of means between refused
+harmful and answered harmless prompts is taken out of what some writers write. Kinds of writers are measured alone and
+together, over a growing share of the experts: a repair that leans on one kind of unit shows. The model is whole again
+after every edit, byte for byte; no function here, and none that it calls inside an edit, writes weights.
 
 Source: arXiv 2406.11717 (refusal by one direction), arXiv 2606.04160 (attention carries refusal too).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,13 @@ from trainer.evaluation.clustered import Clusters
 from trainer.moe.rank_one import Correction, Unit, corrected
 from trainer.moe.writers import KINDS, Kind, Writer, find_writers
 from trainer.pipeline.experiment import Experiment
+from trainer.pipeline.measure import shown
 from trainer.recipe.schema import Recipe
 from trainer.recipe.sections import RepliesSection
+from trainer.reporting.curves import save_robustness
 from trainer.run.folder import model_of
-from trainer.runtime.console import say, table
+from trainer.runtime.console import is_main_process, say, table
+from trainer.runtime.files import atomic_write, replacing
 
 SHARES = (0.125, 0.25, 0.5, 1.0)
 """Of the routed experts."""
@@ -40,8 +44,8 @@ STRENGTH = 1.0
 
 @dataclass(frozen=True)
 class Point:
-    """One edit of one model. `share`: of the experts; `parameters`: share of the model's that were touched. Rates as in
-    `evaluation.json`.
+    """One edit of one model. `share`: of the experts; `parameters`: share of the model's that were touched. Rates as
+    in `evaluation.json`.
     """
 
     model: str
@@ -63,21 +67,33 @@ class _Refusals:
     ranked: list[tuple[int, int]]
 
 
-def robustness(recipe: Recipe, folder: Path, prompts: int) -> list[Point]:
-    """The curves of the run's base and of its export, on so many test prompts of each kind.
+def audit(recipe: Recipe, folder: Path, prompts: int) -> None:
+    """Measure base and export of a run, show the curves and write `robustness.json` and `robustness.png`.
+
+    Args:
+        prompts: test prompts of each kind.
 
     Raises:
-        UserError: the run exported nothing, or the model refuses or answers nothing to find a direction in.
+        UserError: the run exported nothing, its data lacks a kind, or a model refuses or answers too little to find a
+            direction in.
     """
-    exported = Path(model_of(str(folder)))
-    named = {"base": recipe.model.name_or_path, "repaired": str(exported)}
-    found: list[Point] = []
+    for kind in ("harmful", "benign"):
+        if getattr(recipe.data, kind) is None:
+            raise UserError(f"data.{kind}: missing in the recipe of {folder}, and an audit asks such prompts")
+    named = {"base": recipe.model.name_or_path, "repaired": model_of(str(folder))}
+    points: list[Point] = []
     for name, path in named.items():
-        section = recipe.model.model_copy(update={"name_or_path": path, "revision": None if name != "base" else recipe.model.revision})
-        experiment = Experiment.of(recipe.model_copy(update={"model": section}))
-        say(f"audit: {name}")
-        found += _curve(experiment, name, prompts)
-    return found
+        revision = recipe.model.revision if name == "base" else None
+        section = recipe.model.model_copy(update={"name_or_path": path, "revision": revision, "quantization": None})
+        points += _curve(Experiment.of(recipe.model_copy(update={"model": section})), name, prompts)
+    if not is_main_process():
+        return
+    _show(points)
+    rows = [asdict(point) for point in points]
+    atomic_write(folder / "robustness.json", json.dumps(rows, indent=1))
+    with replacing(folder / "robustness.png") as temporary:
+        save_robustness(rows, temporary)
+    say(f"audit: {folder / 'robustness.json'}, {folder / 'robustness.png'}")
 
 
 def _curve(experiment: Experiment[Any], name: str, prompts: int) -> list[Point]:
@@ -123,8 +139,7 @@ def _supports(
 
 def _refusals(experiment: Experiment[Any]) -> _Refusals:
     """From training prompts asked plainly."""
-    recipe, chat, backbone = experiment.recipe, experiment.chat, experiment.backbone
-    section = _asked(experiment)
+    chat, backbone, section = experiment.chat, experiment.backbone, _asked(experiment)
     groups = {}
     for kind, wanted in (("harmful", "refused"), ("benign", "complied")):
         asked = [prompt.conversation for prompt in getattr(experiment.corpus, kind).train[:128]]
@@ -135,7 +150,7 @@ def _refusals(experiment: Experiment[Any]) -> _Refusals:
             if verdict == wanted
         ]
         if len(kept) < 2:
-            raise UserError(f"data.{kind}: {len(kept)} training prompts are {wanted}; an audit needs 2 to find a direction")
+            raise UserError(f"data.{kind}: {len(kept)} training prompts are {wanted}; an audit needs 2 of them")
         groups[kind] = kept
     states = [
         last_token_states(backbone, chat, [prompt for prompt, _ in kept], section.batch_size, "audit: states")
@@ -167,8 +182,7 @@ def _asked(experiment: Experiment[Any]) -> RepliesSection:
     return RepliesSection(max_new_tokens=evaluate.max_new_tokens, batch_size=evaluate.batch_size)
 
 
-def show(points: Sequence[Point]) -> None:
-    """One row a point."""
+def _show(points: Sequence[Point]) -> None:
     rows = [
         [
             point.model,
@@ -176,14 +190,10 @@ def show(points: Sequence[Point]) -> None:
             f"{point.experts} in {point.layers}",
             f"{point.parameters:.2%}",
             f"{point.relative_change:.3f}",
-            *(f"{one['rate']:.3f} [{one['ci95'][0]:.3f}, {one['ci95'][1]:.3f}]" for one in (point.harmful_refusal, point.benign_compliance)),
+            shown(point.harmful_refusal),
+            shown(point.benign_compliance),
         ]
         for point in points
     ]
     columns = ["model", "edited", "experts, layers", "parameters", "change", "harmful refusal", "harmless compliance"]
     table("directional ablation in memory, at strength 1", columns, rows)
-
-
-def records(points: Sequence[Point]) -> list[dict[str, Any]]:
-    """The points, for JSON."""
-    return [asdict(point) for point in points]
