@@ -106,14 +106,23 @@ def test_weights_stored_as_integers_are_refused(checkpoint: Path) -> None:
     [
         ({"num_experts": 17}, "by config.json it is [17, 32]"),
         ({"num_experts": 7}, "by config.json it is [7, 32]"),
-        ({"num_experts": 0}, "num_experts: found 0; allowed: an integer, 1 or more"),
-        ({"num_experts": -8}, "num_experts: found -8; allowed: an integer, 1 or more"),
+        ({"num_experts": 0}, "num_experts: found 0 (int); allowed: an integer from 1 to 65,536"),
+        ({"num_experts": -8}, "num_experts: found -8 (int); allowed: an integer from 1 to 65,536"),
         ({"num_experts": "8"}, "Field 'num_experts' expected int, got str"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok: found 9; allowed: 1 to 8, the number of experts"),
-        ({"num_experts_per_tok": 0}, "num_experts_per_tok: found 0; allowed: an integer, 1 or more"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok: found 0 (int); allowed: an integer from 1 to 65,536"),
         ({"vocab_size": 65}, "is [64, 32], by config.json it is [65, 32]"),
         ({"intermediate_size": 17}, "is [32, 16], by config.json it is [32, 17]"),
         ({"num_hidden_layers": 4}, "holds no tensor 'model.layers.3."),
+        ({"num_hidden_layers": 0}, "num_hidden_layers: found 0"),
+        ({"num_hidden_layers": 10**30}, "num_hidden_layers: found 1000000000000000000000000000000"),
+        ({"num_attention_heads": 0}, "num_attention_heads: found 0"),
+        ({"num_key_value_heads": -1}, "num_key_value_heads: found -1"),
+        ({"hidden_size": 0}, "hidden_size: found 0"),
+        ({"hidden_size": 10**30}, "hidden_size: found 1000000000000000000000000000000"),
+        ({"vocab_size": -1}, "vocab_size: found -1"),
+        ({"intermediate_size": 10**30}, "intermediate_size: found 1000000000000000000000000000000"),
+        ({"dtype": "load"}, "dtype: found 'load' (str); allowed: bfloat16"),
     ],
 )
 def test_a_configuration_that_is_not_that_of_the_weights_is_refused(
@@ -121,6 +130,30 @@ def test_a_configuration_that_is_not_that_of_the_weights_is_refused(
 ) -> None:
     configure(checkpoint, **keys)
     assert said in refusal(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"hidden_act": "nope"},
+        {"hidden_act": ["silu"]},
+        {"pad_token_id": 10**9},
+        {"attn_implementation": "nope"},
+        {"num_attention_heads": 40},
+        {"rope_parameters": {"rope_type": "nope"}},
+    ],
+)
+def test_a_configuration_that_no_model_can_be_built_from_is_refused_in_one_line(
+    keys: dict[str, object], checkpoint: Path
+) -> None:
+    configure(checkpoint, **keys)
+    assert f"{checkpoint}: config.json: " in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("named", ["x", [3], ["logging"], ["AutoTokenizer"], ["Nope"], [], None])
+def test_a_class_that_is_no_model_of_transformers_is_not_taken_for_one(named: object, checkpoint: Path) -> None:
+    configure(checkpoint, architectures=named)
+    assert type(read_model(checkpoint, "auto")).__name__ == "OlmoeForCausalLM"
 
 
 @pytest.mark.parametrize("content", ["[]", "[" * 100_000, '{"model_type": 3}', "{"])
