@@ -70,9 +70,10 @@ def test_a_table_of_another_model_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["t.csv", "t.parquet", "t.json"])
-def test_what_is_no_table_is_refused_by_name(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"\x00\x01 not a table", b"", b"\xff", b"[" * 100_000, b"3", b"PAR1" * 9])
+def test_what_is_no_table_is_refused_by_name(name: str, content: bytes, tmp_path: Path) -> None:
     path = tmp_path / name
-    path.write_bytes(b"\x00\x01 not a table")
+    path.write_bytes(content)
     with pytest.raises(UserError, match=name):
         load_table(path)
 

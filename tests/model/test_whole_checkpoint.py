@@ -163,6 +163,22 @@ def test_a_configuration_that_is_none_is_refused(content: str, checkpoint: Path)
         read_model(checkpoint, "auto")
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[]", "found a list, expected an object"),
+        (b"[" * 100_000, "cannot be read as JSON"),
+        (b"\xff", "cannot be read as JSON"),
+        (b'{"eos_token_id": "x"}', "eos_token_id: found 'x' (str), expected a token's number or a list of them"),
+        (b'{"eos_token_id": [1, null]}', "eos_token_id: found [1, None]"),
+        (b'{"pad_token_id": true}', "pad_token_id: found true"),
+    ],
+)
+def test_settings_of_generation_that_cannot_be_are_refused_by_key(content: bytes, said: str, checkpoint: Path) -> None:
+    (checkpoint / "generation_config.json").write_bytes(content)
+    assert f"{checkpoint / 'generation_config.json'}: {said}" in refusal(checkpoint)
+
+
 # --- which weights are meant ----------------------------------------------------------------------
 
 
@@ -198,6 +214,15 @@ def test_an_index_that_names_a_missing_file_or_disagrees_with_one_is_refused(che
     ):
         (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": changed}))
         assert said in refusal(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "content", [b"[]", b"\xff", b"[" * 100_000, b'{"weight_map": 3}', b'{"weight_map": {"a": 3}}']
+)
+def test_an_index_that_is_none_is_refused_by_name(content: bytes, checkpoint: Path) -> None:
+    sharded(checkpoint)
+    (checkpoint / "model.safetensors.index.json").write_bytes(content)
+    assert f"{checkpoint / 'model.safetensors.index.json'}: " in refusal(checkpoint)
 
 
 def test_an_index_without_metadata_is_refused(checkpoint: Path) -> None:

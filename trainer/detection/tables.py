@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pandas as pd
+import pyarrow as pa
 
 from data_prep.errors import UserError, unknown
 from trainer.runtime.files import replacing
@@ -47,7 +48,10 @@ def load_table(path: Path) -> pd.DataFrame:
             table = pd.read_parquet(path)
         else:
             table = pd.DataFrame(json.loads(path.read_text(encoding="utf-8-sig")))
-    except (ValueError, ImportError) as error:  # of pandas, pyarrow and json alike
+    except FileNotFoundError:
+        raise
+    except (ValueError, TypeError, ImportError, OSError, RecursionError, pa.ArrowException) as error:
+        # Of pandas, pyarrow and json alike.
         raise UserError(f"{path}: cannot be read as {path.suffix[1:]}: {error}") from error
     return checked(table, str(path))
 

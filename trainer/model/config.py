@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ SIZES = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size", "vocab_size"), 2**24),
 }
 """Key -> its largest sensible value: torch fails on a larger one in many lines, or is busy with it for ever."""
+
+
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def read_config(name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -62,6 +66,23 @@ def _check_types(name: str | Path, tree: Any) -> None:
 
 def _is_type(name: str) -> bool:
     return isinstance(getattr(torch, name, None), torch.dtype)
+
+
+def check_generation(folder: Path) -> None:
+    """`UserError` unless `generation_config.json`, where there is one, is an object and its tokens are numbers."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: found a {type(found).__name__}, expected an object")
+    for key in TOKENS:
+        value = found.get(key)
+        if value is not None and _numbers(value) is None:
+            raise UserError(f"{path}: {key}: found {shown(value)}, expected a token's number or a list of them")
 
 
 def cannot_be_built(config: PreTrainedConfig, error: Exception) -> UserError:

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils import logging
 
 from data_prep.errors import UserError
-from trainer.model.config import cannot_be_built, read_config
+from trainer.model.config import cannot_be_built, check_generation, read_config
 from trainer.model.tokenizer import read_tokenizer
 from trainer.model.weight_files import CheckpointFiles, local_folder
 from trainer.model.whole_checkpoint import problem, refuse_incomplete, refuse_not_finite
@@ -80,6 +80,7 @@ def read_model(
     unpacked = _unpacked(str(name), config)
     with CheckpointFiles(local_folder(str(name), revision)) as files:
         files.check()
+        check_generation(files.folder)
         try:
             with _quiet():
                 model, info = class_of(config, trust_remote_code).from_pretrained(
@@ -95,9 +96,8 @@ def read_model(
         except BUILDING_FAILS as error:
             # The skeleton says what is wrong with a configuration, the files what is wrong with their tensors.
             wrong = problem(skeleton(config, trust_remote_code=trust_remote_code), files)
-            if wrong is None and not isinstance(error, RuntimeError):
-                raise
-            raise UserError(wrong or f"{name}: cannot be loaded: {str(error).splitlines()[0]}") from error
+            said = f"{type(error).__name__}: {(str(error).strip() or 'nothing said').splitlines()[0][:300]}"
+            raise UserError(wrong or f"{name}: cannot be loaded by transformers: {said}") from error
         refuse_incomplete(model, files, info, packed=bool(unpacked))
         refuse_not_finite(model, files)
     if unpacked:
