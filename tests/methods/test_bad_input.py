@@ -64,10 +64,18 @@ def test_a_tokenizer_without_a_chat_template_is_refused(small: Small, refused: R
     assert "has no chat template" in refused("run", small(model__name_or_path=str(tmp_path / "plain")))
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "nowhere", "a/b/c"])
+@pytest.mark.parametrize("name", ["./nowhere", "nowhere", "a/b/c", "x" * 5000])
 def test_a_model_that_is_nowhere_is_refused_by_its_key(small: Small, refused: Refused, name: str) -> None:
     assert f"model.name_or_path: '{name}' is no folder here and no Hub id" in refused(
         "run", small(model__name_or_path=name)
+    )
+
+
+def test_a_revision_is_refused_where_it_would_change_nothing(small: Small, refused: Refused) -> None:
+    message = refused("run", small(model__revision="v1"))
+    assert "model.revision: found 'v1' with the local folder" in message and "allowed: with a Hub id" in message
+    assert "model.revision: found an empty text" in refused(
+        "run", small(model__name_or_path="a/b", model__revision="")
     )
 
 

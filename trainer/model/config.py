@@ -11,7 +11,7 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from data_prep.errors import UserError
-from trainer.model.source import not_to_be_had
+from trainer.model.source import is_folder, not_to_be_had
 from trainer.recipe.errors import shown
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -42,7 +42,7 @@ def read_config(name: str | Path, *, revision: str | None = None, trust_remote_c
             name, revision=revision, trust_remote_code=trust_remote_code
         )
     except (OSError, HFValidationError) as error:
-        if Path(name).is_dir():
+        if is_folder(name):
             raise UserError(f"{name}: config.json: {' '.join(str(error).split())}") from error
         raise not_to_be_had(str(name), error) from error
     except UserError:
