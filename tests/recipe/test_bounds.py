@@ -46,6 +46,7 @@ TOO_MUCH = {
     'run.output_dir="~/runs"': "run.output_dir: found '~/runs'",
     'model.name_or_path="\\uD800"': "model.name_or_path: found half a surrogate",
     "run.name=2024-01-01": "run.name: found datetime.date",
+    'steer.refusal=" "': "steer.refusal: found ' '",
     "evaluate={1: 2}": "evaluate: found the key 1 (int)",
     "evaluate={null: 2}": "evaluate: found the key None",
 }
