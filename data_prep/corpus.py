@@ -1,5 +1,6 @@
 """Building the corpus of a run: splits that share no row and no text, templates with their roles, and tasks."""
 
+import os
 from collections import Counter
 
 from .config import DataConfig, SourceConfig, TaskConfig
@@ -54,10 +55,22 @@ def _refuse_slips(config: DataConfig, given: dict[Kind, SourceConfig]) -> None:
     templates = config.jailbreaks
     if templates and not templates.seen and ("harmful" in given or not (templates.unseen or templates.robust)):
         raise UserError("data.jailbreaks.seen: found no selector; allowed: 'group', 'group[0]' or 'group[0:4]'")
-    if "harmful" in given:
-        others: dict[str, SourceConfig | TaskConfig] = {
-            f"data.{kind}": source for kind, source in given.items() if kind != "harmful"
-        }
-        others |= {f"data.capability {task.name!r}": task for task in config.capability}
-        for key, other in others.items():
-            refuse_one_file_for_both(given["harmful"], other, key)
+    named: dict[str, SourceConfig | TaskConfig] = {f"data.{kind}": source for kind, source in given.items()}
+    named |= {f"data.capability {task.name!r}": task for task in config.capability}
+    for key, source in named.items():
+        _refuse_hub_keys(key, source)
+        if "harmful" in given and key != "data.harmful":
+            refuse_one_file_for_both(given["harmful"], source, key)
+
+
+def _refuse_hub_keys(key: str, source: SourceConfig | TaskConfig) -> None:
+    """A revision that a local file does not have would stand in the recipe as if it had been read."""
+    paths = (source.path, getattr(source, "test_path", None) or source.path)
+    if not all(os.path.isfile(path) for path in paths):
+        return
+    for name in ("revision", "hub_config", "hub_split"):
+        found = getattr(source, name)
+        if found != type(source).model_fields[name].default:
+            raise UserError(
+                f"{key}, {name}: found {found!r} with the local file {source.path}; allowed: with a Hub data set"
+            )

@@ -96,7 +96,7 @@ def _part(key: str, kind: Kind, tables: list[Usable], train: list[Prompt], test:
 
 
 def _file(path: str) -> str:
-    return os.path.realpath(path) if Path(path).exists() else path
+    return os.path.realpath(path) if os.path.exists(path) else path
 
 
 def refuse_one_file_for_both(harmful: SourceConfig, other: SourceConfig | TaskConfig, key: str) -> None:
@@ -110,7 +110,7 @@ def refuse_one_file_for_both(harmful: SourceConfig, other: SourceConfig | TaskCo
     def places(config: SourceConfig | TaskConfig) -> set[tuple[str, ...]]:
         paths = {config.path, getattr(config, "test_path", None) or config.path}
         at = (str(config.column), str(config.hub_config), config.hub_split, str(config.revision))
-        return {(_file(path), at[0]) if Path(path).exists() else (path, *at) for path in paths}
+        return {(_file(path), at[0]) if os.path.exists(path) else (path, *at) for path in paths}
 
     if places(harmful) & places(other):
         raise UserError(

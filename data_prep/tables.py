@@ -8,6 +8,7 @@ cells are read as spreadsheets write them.
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -57,9 +58,10 @@ def read_rows(source: Source) -> list[Row]:
     path = Path(source.path)
     if not source.path or "\0" in source.path:
         raise UserError(f"no such file: {source.path!r} (expected a local file or a Hub data set id, owner/name)")
-    if path.is_file():
+    # Of os.path, because pathlib raises where a name is too long for a file.
+    if os.path.isfile(path):
         rows = _read_file(path)
-    elif not path.exists() and path.suffix not in SUFFIXES and HUB_ID.match(source.path):
+    elif not os.path.exists(path) and path.suffix not in SUFFIXES and HUB_ID.match(source.path):
         rows = [Row(cells, f"{source.path}, row {i}") for i, cells in enumerate(_read_hub(source))]
     else:
         raise UserError(f"no such file: {source.path} (expected a local file or a Hub data set id, owner/name)")

@@ -1,5 +1,6 @@
 """Jailbreak templates: selecting them from a file by role, and recombining them into training wrappers."""
 
+import os
 import random
 import re
 from collections.abc import Iterator
@@ -51,7 +52,7 @@ def load_wrappers(config: JailbreakConfig) -> list[Wrapper]:
 
 def read_templates(path: str) -> dict[str, list[str]]:
     """`{group: [template, ...]}` of a JSON object, or of a table's text column (by its group column or the stem)."""
-    if Path(path).suffix == ".json" and Path(path).is_file():
+    if Path(path).suffix == ".json" and os.path.isfile(path):
         data = parse_json(read_text(Path(path)), path)
         if isinstance(data, dict):
             return _checked_groups(path, data)

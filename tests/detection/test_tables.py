@@ -45,6 +45,7 @@ def test_a_json_table_by_columns_is_read_too(tmp_path: Path) -> None:
         ({"a1": [6.5, 4, 10, 0]}, "column 'a1', row 0: expected a whole number"),
         ({"d2": [3, "x", 0, 5]}, "column 'd2', row 1: expected a whole number"),
         ({"a2": [2, 3, -1, 5]}, "column 'a2', row 2: expected a whole number"),
+        ({"a1": [1e300, 4, 10, 0]}, "column 'a1', row 0: expected a whole number"),
         ({"expert": [0, 0, 0, 1]}, "expert 0 of layer 0 is named twice"),
         ({"d1": [4, 6, 1, 10]}, r"a1 \+ d1 is 10 in one row and 11 in another"),
         ({"a1": [6, 5, 10, 0], "d1": [4, 5, 0, 10]}, "layer 0 is active 1.1 times per token on side 1"),
@@ -70,11 +71,17 @@ def test_a_table_of_another_model_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["t.csv", "t.parquet", "t.json"])
-def test_what_is_no_table_is_refused_by_name(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"\x00\x01 not a table", b"", b"\xff", b"[" * 100_000, b"3", b"PAR1" * 9])
+def test_what_is_no_table_is_refused_by_name(name: str, content: bytes, tmp_path: Path) -> None:
     path = tmp_path / name
-    path.write_bytes(b"\x00\x01 not a table")
+    path.write_bytes(content)
     with pytest.raises(UserError, match=name):
         load_table(path)
+
+
+def test_a_table_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.csv: no such file; expected a table of counts"):
+        load_table(tmp_path / "none.csv")
 
 
 def test_another_file_type_is_refused_and_a_pickle_pointed_to_the_converter(tmp_path: Path) -> None:

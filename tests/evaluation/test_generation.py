@@ -109,7 +109,7 @@ def test_a_padding_token_outside_of_the_embedding_pads_no_worse(model, tokenizer
 
 
 def test_a_prompt_too_long_for_the_model_is_said_not_cut(model, tokenizer):
-    with pytest.raises(UserError, match=r"prompt 1 .*70 tokens"):
+    with pytest.raises(UserError, match=r"^evaluate\.max_new_tokens: .*prompt 1 .*70 tokens"):
         ask(model, tokenizer, ["w1", " ".join(["w1"] * 68)])
 
 

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from data_prep.organism.build import Organism
 from tests.tiny import tiny_model, tiny_tokenizer
 from trainer.cli.app import main
+from trainer.moe.expert_set import ExpertSet, Member
 
 Small = Callable[..., Path]
 Refused = Callable[..., str]
@@ -63,10 +64,18 @@ def test_a_tokenizer_without_a_chat_template_is_refused(small: Small, refused: R
     assert "has no chat template" in refused("run", small(model__name_or_path=str(tmp_path / "plain")))
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "nowhere", "a/b/c"])
+@pytest.mark.parametrize("name", ["./nowhere", "nowhere", "a/b/c", "x" * 5000])
 def test_a_model_that_is_nowhere_is_refused_by_its_key(small: Small, refused: Refused, name: str) -> None:
     assert f"model.name_or_path: '{name}' is no folder here and no Hub id" in refused(
         "run", small(model__name_or_path=name)
+    )
+
+
+def test_a_revision_is_refused_where_it_would_change_nothing(small: Small, refused: Refused) -> None:
+    message = refused("run", small(model__revision="v1"))
+    assert "model.revision: found 'v1' with the local folder" in message and "allowed: with a Hub id" in message
+    assert "model.revision: found an empty text" in refused(
+        "run", small(model__name_or_path="a/b", model__revision="")
     )
 
 
@@ -133,6 +142,44 @@ def test_the_folder_of_another_recipe_is_refused_and_left_alone(
     before = (tmp_path / "runs/small/manifest.json").read_bytes()
     assert "model.dtype" in refused("run", small(model__dtype="bfloat16"))
     assert (tmp_path / "runs/small/manifest.json").read_bytes() == before
+
+
+GOOD_SET = ExpertSet((Member(0, 1),), dict.fromkeys(range(3), 8)).to_json()
+NO_SET = ExpertSet((), dict.fromkeys(range(3), 8)).to_json()
+
+
+@pytest.mark.parametrize(
+    ("experts", "options", "message"),
+    [
+        (NO_SET, ["--prompt=w1"], "any.json: names no expert; expected at least one to activate or deactivate"),
+        (None, ["--prompt=w1"], "any.json: cannot be read (No such file or directory); expected steering.json"),
+        (GOOD_SET, ["--prompt=w1", "--strength=nan"], "--strength: found nan; allowed: 0 (untouched) to 1 (forced)"),
+        (GOOD_SET, ["--prompt=w1", "--strength=-1"], "--strength: found -1.0"),
+        (GOOD_SET, ["--prompt=w1", "--max-new-tokens=0"], "--max-new-tokens: found 0; allowed: 1 or more"),
+        (GOOD_SET, ["--prompt=w1", "--max-new-tokens=9999999"], "--max-new-tokens: 1 of 1 prompts leave no room"),
+        (GOOD_SET, ["--prompt=w1", "--prompt= "], "--prompt: found an empty text"),
+        (GOOD_SET, [], "no prompt given"),
+        (GOOD_SET, ["--prompts=bytes.txt"], "--prompts: bytes.txt: cannot be read as a text file"),
+        (GOOD_SET, ["--prompts=none.txt"], "--prompts: none.txt: cannot be read as a text file"),
+        (GOOD_SET, ["--prompts=empty.txt"], "empty.txt: holds no prompts"),
+    ],
+)
+def test_what_steer_cannot_do_is_refused_by_its_option_or_file(
+    experts: str | None,
+    options: list[str],
+    message: str,
+    refused: Refused,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_model().save_pretrained("model")
+    tiny_tokenizer().save_pretrained("model")
+    Path("bytes.txt").write_bytes(b"\xff\xfe")
+    Path("empty.txt").write_text("")
+    if experts is not None:
+        Path("any.json").write_text(experts)
+    assert message in refused("steer", "model", "--experts", "any.json", *options)
 
 
 def test_a_full_disk_while_saving_is_one_line_and_loses_no_finished_stage(small: Small, tmp_path: Path) -> None:

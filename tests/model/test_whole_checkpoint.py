@@ -106,14 +106,23 @@ def test_weights_stored_as_integers_are_refused(checkpoint: Path) -> None:
     [
         ({"num_experts": 17}, "by config.json it is [17, 32]"),
         ({"num_experts": 7}, "by config.json it is [7, 32]"),
-        ({"num_experts": 0}, "num_experts: found 0; allowed: an integer, 1 or more"),
-        ({"num_experts": -8}, "num_experts: found -8; allowed: an integer, 1 or more"),
+        ({"num_experts": 0}, "num_experts: found 0 (int); allowed: an integer from 1 to 65,536"),
+        ({"num_experts": -8}, "num_experts: found -8 (int); allowed: an integer from 1 to 65,536"),
         ({"num_experts": "8"}, "Field 'num_experts' expected int, got str"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok: found 9; allowed: 1 to 8, the number of experts"),
-        ({"num_experts_per_tok": 0}, "num_experts_per_tok: found 0; allowed: an integer, 1 or more"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok: found 0 (int); allowed: an integer from 1 to 65,536"),
         ({"vocab_size": 65}, "is [64, 32], by config.json it is [65, 32]"),
         ({"intermediate_size": 17}, "is [32, 16], by config.json it is [32, 17]"),
         ({"num_hidden_layers": 4}, "holds no tensor 'model.layers.3."),
+        ({"num_hidden_layers": 0}, "num_hidden_layers: found 0"),
+        ({"num_hidden_layers": 10**30}, "num_hidden_layers: found 1000000000000000000000000000000"),
+        ({"num_attention_heads": 0}, "num_attention_heads: found 0"),
+        ({"num_key_value_heads": -1}, "num_key_value_heads: found -1"),
+        ({"hidden_size": 0}, "hidden_size: found 0"),
+        ({"hidden_size": 10**30}, "hidden_size: found 1000000000000000000000000000000"),
+        ({"vocab_size": -1}, "vocab_size: found -1"),
+        ({"intermediate_size": 10**30}, "intermediate_size: found 1000000000000000000000000000000"),
+        ({"dtype": "load"}, "dtype: found 'load' (str); allowed: bfloat16"),
     ],
 )
 def test_a_configuration_that_is_not_that_of_the_weights_is_refused(
@@ -123,11 +132,51 @@ def test_a_configuration_that_is_not_that_of_the_weights_is_refused(
     assert said in refusal(checkpoint)
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"hidden_act": "nope"},
+        {"hidden_act": ["silu"]},
+        {"pad_token_id": 10**9},
+        {"attn_implementation": "nope"},
+        {"num_attention_heads": 40},
+        {"rope_parameters": {"rope_type": "nope"}},
+    ],
+)
+def test_a_configuration_that_no_model_can_be_built_from_is_refused_in_one_line(
+    keys: dict[str, object], checkpoint: Path
+) -> None:
+    configure(checkpoint, **keys)
+    assert f"{checkpoint}: config.json: " in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("named", ["x", [3], ["logging"], ["AutoTokenizer"], ["Nope"], [], None])
+def test_a_class_that_is_no_model_of_transformers_is_not_taken_for_one(named: object, checkpoint: Path) -> None:
+    configure(checkpoint, architectures=named)
+    assert type(read_model(checkpoint, "auto")).__name__ == "OlmoeForCausalLM"
+
+
 @pytest.mark.parametrize("content", ["[]", "[" * 100_000, '{"model_type": 3}', "{"])
 def test_a_configuration_that_is_none_is_refused(content: str, checkpoint: Path) -> None:
     (checkpoint / "config.json").write_text(content)
     with pytest.raises((UserError, OSError), match=r"config\.json|configuration"):
         read_model(checkpoint, "auto")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[]", "found a list, expected an object"),
+        (b"[" * 100_000, "cannot be read as JSON"),
+        (b"\xff", "cannot be read as JSON"),
+        (b'{"eos_token_id": "x"}', "eos_token_id: found 'x' (str), expected a token's number or a list of them"),
+        (b'{"eos_token_id": [1, null]}', "eos_token_id: found [1, None]"),
+        (b'{"pad_token_id": true}', "pad_token_id: found true"),
+    ],
+)
+def test_settings_of_generation_that_cannot_be_are_refused_by_key(content: bytes, said: str, checkpoint: Path) -> None:
+    (checkpoint / "generation_config.json").write_bytes(content)
+    assert f"{checkpoint / 'generation_config.json'}: {said}" in refusal(checkpoint)
 
 
 # --- which weights are meant ----------------------------------------------------------------------
@@ -165,6 +214,15 @@ def test_an_index_that_names_a_missing_file_or_disagrees_with_one_is_refused(che
     ):
         (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": changed}))
         assert said in refusal(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "content", [b"[]", b"\xff", b"[" * 100_000, b'{"weight_map": 3}', b'{"weight_map": {"a": 3}}']
+)
+def test_an_index_that_is_none_is_refused_by_name(content: bytes, checkpoint: Path) -> None:
+    sharded(checkpoint)
+    (checkpoint / "model.safetensors.index.json").write_bytes(content)
+    assert f"{checkpoint / 'model.safetensors.index.json'}: " in refusal(checkpoint)
 
 
 def test_an_index_without_metadata_is_refused(checkpoint: Path) -> None:

@@ -290,8 +290,11 @@ def test_errors_are_one_line(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     cases = {
         "--gpus=0": "--gpus: found 0",
-        "--gpu-memory=0": "--gpu-memory: found 0",
-        "model.name_or_path=nobody/not-there": "model.name_or_path: no configuration of 'nobody/not-there'",
+        f"--gpus={10**21}": f"--gpus: found {10**21}; allowed: 1 to 65,536",
+        "--nodes=-1": "--nodes: found -1",
+        **{f"--gpu-memory={value}": f"--gpu-memory: found {value}" for value in ("0", "inf", "nan", "-1")},
+        "model.name_or_path=nobody/not-there": "model.name_or_path: 'nobody/not-there' is no folder here",
+        "model.name_or_path=a/b/c": "model.name_or_path: 'a/b/c' is no folder here",
         "repair.max_length=null": "repair.max_length: found null",
         "detect.top_k=1000": "detect.top_k: 1000 selects",
         "detect.shared_experts=true": "detect.shared_experts: found true, but olmoe has no shared experts",
@@ -300,6 +303,28 @@ def test_errors_are_one_line(
         assert command(str(recipe_file), given_) == 2
         errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1 and message in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[" * 100_000, "recursion"),
+        ("[]", "config.json"),
+        ('{"num_experts_per_tok": 9}', "num_experts_per_tok: found 9"),
+        ('{"num_hidden_layers": 1000000000}', "num_hidden_layers: found 1000000000"),
+        ('{"hidden_act": "nope"}', "no model can be built from it: KeyError: 'nope'"),
+    ],
+)
+def test_a_plan_refuses_the_configuration_that_a_run_would_refuse(
+    content: str, said: str, recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "odd").mkdir()
+    tree = tiny_model().config.to_dict()
+    tree = json.dumps(tree | json.loads(content)) if content.startswith("{") else content
+    (tmp_path / "odd/config.json").write_text(tree)
+    assert command(str(recipe_file), f"model.name_or_path={tmp_path / 'odd'}") == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "config.json" in error and said in error
 
 
 def test_a_model_without_experts_is_refused() -> None:

@@ -36,12 +36,17 @@ TOO_MUCH = {
     "run.seed=4294967295": "run.seed: found 4294967295",
     f"run.seed={10**40}": "run.seed: found a number of 133 bits",
     "repair.max_steps=10000000000": "repair.max_steps: found 10000000000",
+    "repair.max_steps=0": "repair.max_steps: found 0 (int), expected 1 or more, or -1",
+    "repair.max_steps=0.5": "repair.max_steps: found 0.5",
+    "repair.num_train_epochs=0": "repair.num_train_epochs: found 0",
     "repair.save_steps=0.5": "repair.save_steps: found 0.5",
     "export.max_shard_size=99999999999GB": "export.max_shard_size",
     'run.output_dir="a\\0b"': "run.output_dir: found a NUL character",
     'run.output_dir="a\\nb"': "run.output_dir",
+    'run.output_dir="~/runs"': "run.output_dir: found '~/runs'",
     'model.name_or_path="\\uD800"': "model.name_or_path: found half a surrogate",
     "run.name=2024-01-01": "run.name: found datetime.date",
+    'steer.refusal=" "': "steer.refusal: found ' '",
     "evaluate={1: 2}": "evaluate: found the key 1 (int)",
     "evaluate={null: 2}": "evaluate: found the key None",
 }
@@ -78,6 +83,21 @@ def test_a_file_that_is_no_recipe_at_all_is_refused(tmp_path: Path, text: str, w
     with pytest.raises(UserError) as caught:
         load_recipe(path)
     assert words in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("/dev/zero", "/dev/zero: found more than 10,000,000 bytes; expected a recipe"),
+        ("a\0b", "names no file"),
+        ("x" * 5000, "cannot be read (File name too long)"),
+        ("/dev/null", "the file is empty"),
+    ],
+)
+def test_a_place_that_holds_no_recipe_is_refused_by_name(path: str, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(Path(path))
+    assert words in str(caught.value)
 
 
 def test_what_an_alias_shares_is_not_changed_with_it(tmp_path: Path, tree: dict[str, Any]) -> None:

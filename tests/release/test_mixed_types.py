@@ -13,6 +13,7 @@ from tests.moe.families import FAMILIES, Family
 from tests.release.bench import Bench, one_thread
 from tests.tiny import tiny_tokenizer
 from trainer.model.weight_files import CheckpointFiles, bits
+from trainer.release.audit import AuditFailed, audit_files
 from trainer.release.patch import apply_patch
 
 __all__ = ["one_thread"]
@@ -125,3 +126,60 @@ def test_a_base_with_fused_names_keeps_them(name: str, tmp_path: Path) -> None:
     assert moved and all("experts" in name for name in moved)
     apply_patch(str(tmp_path / "base"), bench.folder, tmp_path / "applied")
     assert contents(tmp_path / "applied") == contents(bench.folder / "model")
+
+
+def older_names(folder: Path, experts: torch.dtype | None) -> None:
+    """The base as files of before `model.` began every name; experts all of one type where one is given."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    for file in set(index["weight_map"].values()):
+        held = load_file(folder / file)
+        save_file(
+            {
+                name.removeprefix("model."): tensor.to(experts) if experts and ".experts." in name else tensor
+                for name, tensor in held.items()
+            },
+            folder / file,
+        )
+    index["weight_map"] = {name.removeprefix("model."): file for name, file in index["weight_map"].items()}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "olmoe"])
+def test_a_base_of_older_names_is_written_anew_in_the_types_and_bits_of_its_tensors(name: str, tmp_path: Path) -> None:
+    family = next(family for family in FAMILIES if family.model_type == name)
+    mixed(family, tmp_path / "base", torch.bfloat16, torch.float32)
+    older_names(tmp_path / "base", torch.bfloat16)
+    bench = Bench.of(tmp_path / "base")
+    found = bench.export()
+    assert (found["compared"], found["untouched_identical"], found["experts_changed"]) == ("models", True, 3)
+    wide = set()
+    with CheckpointFiles(tmp_path / "base") as old, CheckpointFiles(bench.folder / "model") as new:
+        for own in new.file_of:
+            before, after = old.tensor(own.removeprefix("model.")), new.tensor(own)
+            assert before.dtype == after.dtype, own
+            if ".experts." not in own:
+                assert torch.equal(bits(before), bits(after)), own
+                wide |= {own} if before.dtype == torch.float32 else set()
+    assert any("norm" in own for own in wide) and any("gate" in own for own in wide)
+
+
+def test_a_type_that_another_format_cannot_keep_is_refused_by_name(tmp_path: Path) -> None:
+    family = next(family for family in FAMILIES if family.model_type == "qwen3_moe")
+    mixed(family, tmp_path / "base", torch.bfloat16, torch.float32)
+    older_names(tmp_path / "base", None)
+    with pytest.raises(AuditFailed, match=r"layers\.0\.mlp\.experts\.7\.down_proj\.weight"):
+        Bench.of(tmp_path / "base").export()
+
+
+def test_an_export_in_another_format_with_a_tensor_cast_is_refused(tmp_path: Path) -> None:
+    family = next(family for family in FAMILIES if family.model_type == "qwen3_moe")
+    mixed(family, tmp_path / "base", torch.bfloat16, torch.float32)
+    older_names(tmp_path / "base", torch.bfloat16)
+    bench = Bench.of(tmp_path / "base")
+    bench.export(patch=False)
+    file = bench.folder / "model" / "model.safetensors"
+    held = load_file(file)
+    held["model.norm.weight"] = held["model.norm.weight"].bfloat16()
+    save_file(held, file, {"format": "pt"})
+    found = audit_files(tmp_path / "base", bench.folder / "model", bench.footprint())
+    assert found["untouched_identical"] is False and "model.norm.weight" in found["moved_outside"]

@@ -231,6 +231,8 @@ def test_no_patch_is_made_of_an_export_that_none_could_give(made: Path, tmp_path
         ("link", "--out: link exists already, as a link"),
         ("dangling", "--out: dangling exists already, as a link"),
         ("a\0b", "--out: found 'a.*names no new folder"),
+        ("a" * 300, r"--out: found 'aaa.*names no new folder \(File name too long\)"),
+        ("there/file/new/deep", "--out: found 'there/file/new/deep', but .*there/file is no folder"),
     ],
 )
 def test_a_place_that_is_taken_or_none_is_refused_by_name(
@@ -274,12 +276,19 @@ def test_a_refusal_leaves_no_folder_on_the_way_behind(made: Path, tmp_path: Path
     [
         ("base/config.json", None, "BASE: found '.*config.json', a file; allowed: a folder, or owner/name"),
         ("", None, "BASE: found '', an empty name"),
+        ("odd", None, r"odd/config\.json: found a list, allowed: an object"),
+        ("odder", None, r"odder/config\.json: damaged or truncated"),
+        ("empty", None, r"empty/config\.json: not found; allowed as a base: the folder of a model"),
         ("base", "main", "--revision: found 'main' .str. with the local folder .*base; allowed: with a Hub id"),
     ],
 )
 def test_a_base_that_is_none_is_refused_by_name(
     base: str, revision: str | None, message: str, made: Path, tmp_path: Path
 ) -> None:
+    for name, content in (("odd", b"[]"), ("odder", b"\xff"), ("empty", None)):
+        (made / name).mkdir(exist_ok=True)
+        if content is not None:
+            (made / name / "config.json").write_bytes(content)
     with pytest.raises(UserError, match=message):
         apply_patch(str(made / base) if base else "", made / "patch", tmp_path / "out", revision)
     assert not (tmp_path / "out").exists()

@@ -43,6 +43,9 @@ def put(path: Path, keys: list[Any], value: Any) -> None:
         ("expert_set.json", ["members", 0, "expert"], True, "members.0.expert: found true"),
         ("expert_set.json", ["members", 0, "stability"], 2, "members.0.stability: found 2"),
         ("stages/1-repair-1/log.json", [0, "loss"], "low", "0.loss"),
+        ("stages/1-repair-1/log.json", [1, "loss"], float("inf"), "1: loss: found inf, expected a finite number"),
+        ("stages/1-repair-1/log.json", [1, "retain_loss"], float("nan"), "1: retain_loss: found nan"),
+        ("stages/1-repair-1/log.json", [0, "step"], 10**400, "0: step: found 1000"),
         ("stages/1-repair-1/parameters.json", ["total_parameters"], 0, "total_parameters: found 0"),
     ],
 )
@@ -80,6 +83,9 @@ def test_a_file_that_is_no_json_of_ours_is_named(run_dir: Path, name: str, conte
         (lambda frame: frame.assign(expert=-1), "column 'expert', row 0: found -1"),
         (lambda frame: frame.assign(layer=0.5), "column 'layer': found values of type float64"),
         (lambda frame: frame.assign(score=float("inf")), "column 'score', row 0: found inf"),
+        (lambda frame: frame.assign(score=True), "column 'score': found values of type bool"),
+        (lambda frame: frame.assign(a1=-frame.a1), "column 'a1', row 0: found -5"),
+        (lambda frame: frame.assign(d2="x"), "column 'd2': found values of type"),
         (lambda frame: frame.drop(columns="expert"), "no column 'expert'"),
         (lambda frame: pd.concat([frame, frame]), "two rows"),
     ],
@@ -102,6 +108,14 @@ def test_activations_that_are_no_parquet_and_a_recipe_without_sections_are_refus
     (run_dir / "activations.parquet").write_bytes(whole)
     (run_dir / "recipe.yaml").write_text("model: olmoe\n")
     with pytest.raises(UserError, match=r"recipe\.yaml: model: found 'olmoe'"):
+        read(run_dir)
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "pairs.jsonl", "activations.parquet", "audit.json"])
+def test_a_folder_in_the_place_of_an_artefact_is_not_taken_for_its_absence(run_dir: Path, name: str) -> None:
+    (run_dir / name).unlink()
+    (run_dir / name).mkdir()
+    with pytest.raises(UserError, match=rf"{name}: is a folder, expected the file that a run writes there"):
         read(run_dir)
 
 

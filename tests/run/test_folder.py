@@ -168,7 +168,8 @@ def test_a_folder_that_is_no_run_stays_as_it_is(load: Load, force: bool) -> None
 
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", '{"name": "their web app"}', '{"format": "routealign-run-9"}', "\x00\xff"]
+    "text",
+    ["", "{", "[]", "null", "[" * 100_000, '{"name": "their web app"}', '{"format": "routealign-run-9"}', "\x00\xff"],
 )
 def test_a_damaged_or_foreign_manifest(load: Load, text: str, force: bool) -> None:
     folder = load().folder
@@ -193,6 +194,28 @@ def test_a_file_in_the_way(load: Load) -> None:
     load().folder.write_text("")
     with pytest.raises(UserError, match="is a file"):
         Run.open(load())
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "pairs.txt"])
+def test_a_folder_where_a_file_of_the_run_belongs_is_refused_by_name(name: str, load: Load) -> None:
+    with Run.open(load()) as run:
+        if name == "recipe.yaml":
+            (run.dir / name).unlink()
+        (run.dir / name).mkdir()
+        with pytest.raises(UserError, match=rf"{name}: is a folder, expected a file or nothing; remove it"):
+            work(run)
+        assert (run.dir / name).is_dir() and not list(run.dir.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("name", ["stages", "model"])
+def test_a_file_where_a_folder_of_the_run_belongs_is_refused_before_anything_runs(name: str, load: Load) -> None:
+    with Run.open(load()) as run:
+        work(run)
+    (run.dir / name).write_text("mine")
+    for start in (lambda: Run.open(load()), lambda: Run.reopen(run.dir, recipe_of)):
+        with pytest.raises(UserError, match=rf"{name}: is no folder, expected one that a run made, or nothing"):
+            start()
+    assert (run.dir / name).read_text() == "mine"
 
 
 def test_a_manifest_of_a_version_with_other_keys(load: Load) -> None:

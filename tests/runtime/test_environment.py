@@ -20,6 +20,7 @@ from trainer.runtime.signals import time_limit
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE: found '0'"),
         ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE: found"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK: found 2 in the environment, expected less than WORLD_SIZE=2"),
+        ({"HF_HUB_DOWNLOAD_TIMEOUT": "x"}, "HF_HUB_DOWNLOAD_TIMEOUT: found 'x'"),
         ({"WORLD_SIZE": "2"}, "RANK: not in the environment"),
         ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR: not in the environment"),
     ],

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from data_prep.errors import UserError
 from data_prep.schema import Conversation
 from tests.moe.test_experts import split as split_family
 from tests.tiny import tiny_chat
@@ -118,6 +119,23 @@ def test_another_number_of_processes_is_refused(tmp_path: Path, monkeypatch: pyt
     about.write_text(json.dumps(json.loads(about.read_text()) | {"processes": 8}))
     with pytest.raises(ValueError, match="interrupted under 8 processes, found 1; go on with 8, or remove"):
         run(split(), tmp_path, "repair")
+
+
+@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"{}", b"\xff"])
+@pytest.mark.parametrize(
+    "name", [checkpoint.ABOUT, checkpoint.WEIGHTS, "trainer_state.json", "optimizer-0-of-1.safetensors"]
+)
+def test_a_damaged_file_of_a_checkpoint_is_refused_by_name_and_stays(
+    name: str, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        killed_after(3, patch)
+        with pytest.raises(Killed):
+            run(split(), tmp_path, "repair")
+    (tmp_path / "checkpoint-2" / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}.*remove .*checkpoint-2 to train this stage from its start"):
+        run(split(), tmp_path, "repair")
+    assert (tmp_path / "checkpoint-2" / name).read_bytes() == content
 
 
 def test_states_in_the_parts_of_another_engine_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

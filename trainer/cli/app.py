@@ -91,12 +91,10 @@ def inspect(
     recipe: Annotated[Path | None, typer.Option(help="Say what this recipe would train.")] = None,
 ) -> None:
     """Show a model's routers and experts."""
-    from data_prep.errors import UserError
     from trainer.model.describe import caution, description, print_table, read
     from trainer.recipe.sections import ModelSection
 
-    if not model:
-        raise UserError("inspect: found no model; expected a Hub id or a local folder")
+    _refuse_no_model("inspect", model)
     loaded = _recipe(recipe, None) if recipe else None
     as_said = {"revision": loaded.model.revision, "dtype": loaded.model.dtype} if loaded else {}
     section = ModelSection.model_validate({"name_or_path": model, **as_said})
@@ -150,6 +148,7 @@ def evaluate(
     """Measure a model or a run's model; prints JSON."""
     from trainer.pipeline.measure import measure_alone
 
+    _refuse_no_model("evaluate", model_or_run)
     measured = measure_alone(_recipe(suite, overrides), model_or_run)
     if is_main_process():
         print(json.dumps(measured, indent=2))
@@ -248,6 +247,7 @@ def steer(
     from data_prep.errors import UserError
     from trainer.pipeline.steer_replies import read_prompts, steered_replies
 
+    _refuse_no_model("steer", model)
     asked = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
     if not asked:
         raise UserError("steer: no prompt given; use --prompt TEXT or --prompts FILE")
@@ -299,6 +299,13 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Where bitsandbytes is installed it asks on some CPUs for `kernels`, which would fetch and run compiled code.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def _refuse_no_model(command: str, name: str) -> None:
+    from data_prep.errors import UserError
+
+    if not name.strip():
+        raise UserError(f"{command}: found no model; expected a Hub id or a local folder")
 
 
 def _recipe(path: Path, overrides: Sequence[str] | None) -> "Recipe":

@@ -18,11 +18,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pandas as pd
+import pyarrow as pa
 
 from data_prep.errors import UserError, unknown
 from trainer.runtime.files import replacing
 
 COUNTS = ("layer", "expert", "a1", "d1", "a2", "d2")
+MOST = 2**53
+"""The largest count: beyond it a float holds no longer every whole number."""
 SUFFIXES = (".csv", ".parquet", ".json")
 
 
@@ -47,7 +50,10 @@ def load_table(path: Path) -> pd.DataFrame:
             table = pd.read_parquet(path)
         else:
             table = pd.DataFrame(json.loads(path.read_text(encoding="utf-8-sig")))
-    except (ValueError, ImportError) as error:  # of pandas, pyarrow and json alike
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected a table of counts ({', '.join(SUFFIXES)})") from None
+    except (ValueError, TypeError, ImportError, OSError, RecursionError, pa.ArrowException) as error:
+        # Of pandas, pyarrow and json alike.
         raise UserError(f"{path}: cannot be read as {path.suffix[1:]}: {error}") from error
     return checked(table, str(path))
 
@@ -63,7 +69,7 @@ def checked(table: pd.DataFrame, source: str) -> pd.DataFrame:
     clean = {}
     for name in COUNTS:
         numbers = pd.to_numeric(table[name], errors="coerce")
-        bad = numbers.isna() | (numbers < 0) | (numbers % 1 != 0)
+        bad = numbers.isna() | (numbers < 0) | (numbers % 1 != 0) | (numbers > MOST)
         if bad.any():
             row = int(bad.to_numpy().argmax())
             raise UserError(f"{source}: column {name!r}, row {row}: expected a whole number of 0 or more")

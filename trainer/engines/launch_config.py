@@ -135,7 +135,7 @@ def _mapping(path: Path) -> dict[str, Any]:
         found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path}: found {type(found).__name__}, expected keys with values")

@@ -50,7 +50,8 @@ def _token_accuracy(model: PreTrainedModel, chat: Chat, task: Task, batch_size: 
         chat.tokenizer(cast(str, p.answer).strip(), add_special_tokens=False)["input_ids"] for p in task.prompts
     ]
     rows = [(asked, cast(list[int], answer)) for asked, answer in zip(prompts, answers, strict=True)]
-    require_room(model, [len(asked) + len(answer) for asked, answer in rows], 0)
+    lengths = [len(asked) + len(answer) for asked, answer in rows]
+    require_room(model, lengths, 0, f"data.capability {task.name!r}")
     rows.sort(key=lambda row: len(row[0]) + len(row[1]), reverse=True)
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     found: dict[int, tuple[int, int]] = {}

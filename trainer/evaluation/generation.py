@@ -41,17 +41,19 @@ def reply(
     max_new_tokens: int,
     batch_size: int,
     label: str,
+    key: str = "evaluate.max_new_tokens",
 ) -> list[Reply]:
     """Greedy reply to each prompt, in the order given.
 
     The longest prompts go first, so that lack of memory shows at once. Batches are dealt to the processes whole, so
-    that a reply does not depend on their number; every process returns all replies. `label` names the progress bar.
+    that a reply does not depend on their number; every process returns all replies. `label` names the progress bar,
+    `key` the user's setting that `max_new_tokens` is.
     Raises `UserError` for prompts that leave no room for `max_new_tokens`, and as `Chat.opening`.
     """
-    if max_new_tokens < 1 or batch_size < 1:
-        raise UserError(f"max_new_tokens and batch_size must be 1 or more, got {max_new_tokens} and {batch_size}")
+    if max_new_tokens < 1:
+        raise UserError(f"{key}: found {max_new_tokens}; allowed: 1 or more")
     rows = [chat.opening(prompt) for prompt in prompts]
-    require_room(model, [len(row) for row in rows], max_new_tokens)
+    require_room(model, [len(row) for row in rows], max_new_tokens, key)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     together = is_sharded(model)
@@ -76,14 +78,15 @@ def positions(model: PreTrainedModel) -> int | None:
     return limit
 
 
-def require_room(model: PreTrainedModel, lengths: Sequence[int], new_tokens: int) -> None:
-    """Raise `UserError` where a prompt of `lengths` tokens plus `new_tokens` exceeds the model's positions."""
+def require_room(model: PreTrainedModel, lengths: Sequence[int], new_tokens: int, key: str) -> None:
+    """`UserError`, which names `key`, where a prompt of `lengths` tokens and `new_tokens` exceed the positions."""
     limit = positions(model)
     too_long = [index for index, length in enumerate(lengths) if limit is not None and length + new_tokens > limit]
     if too_long:
+        first = too_long[0]
         raise UserError(
-            f"{len(too_long)} of {len(lengths)} prompts leave no room for {new_tokens} new tokens in the model's "
-            f"{limit} positions; the first is prompt {too_long[0]} (0-based) with {lengths[too_long[0]]} tokens"
+            f"{key}: {len(too_long)} of {len(lengths)} prompts leave no room for {new_tokens} new tokens in the "
+            f"model's {limit} positions; the first is prompt {first} (0-based) with {lengths[first]} tokens"
         )
 
 

@@ -188,7 +188,8 @@ class Suite:
         self, model: PreTrainedModel, chat: Chat, questions: Sequence[_Question], label: str
     ) -> list[JudgedReply]:
         prompts = [question.conversation for question in questions]
-        replies = reply(model, chat, prompts, label=label, **self._limits())
+        tokens, size = self.section.max_new_tokens, self.section.batch_size
+        replies = reply(model, chat, prompts, max_new_tokens=tokens, batch_size=size, label=label)
         return [
             JudgedReply(
                 prompt=question.prompt.id,

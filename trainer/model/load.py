@@ -23,11 +23,23 @@ from transformers import (
 from transformers.utils import logging
 
 from data_prep.errors import UserError
-from trainer.model.config import read_config
+from trainer.model.config import cannot_be_built, check_generation, read_config
 from trainer.model.tokenizer import read_tokenizer
 from trainer.model.weight_files import CheckpointFiles, local_folder
 from trainer.model.whole_checkpoint import problem, refuse_incomplete, refuse_not_finite
 from trainer.recipe.sections import ModelSection
+
+BUILDING_FAILS = (
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    ImportError,
+    RuntimeError,
+)
+"""What transformers' and torch's code raises over values of a configuration that it does not expect."""
 
 if not sys.stderr.isatty():
     logging.disable_progress_bar()  # off a terminal every redraw would be a line of the log
@@ -68,6 +80,7 @@ def read_model(
     unpacked = _unpacked(str(name), config)
     with CheckpointFiles(local_folder(str(name), revision)) as files:
         files.check()
+        check_generation(files.folder)
         try:
             with _quiet():
                 model, info = class_of(config, trust_remote_code).from_pretrained(
@@ -80,9 +93,11 @@ def read_model(
                     **unpacked,
                     **common,
                 )
-        except RuntimeError as error:  # tensors that cannot be put together: the files say which
+        except BUILDING_FAILS as error:
+            # The skeleton says what is wrong with a configuration, the files what is wrong with their tensors.
             wrong = problem(skeleton(config, trust_remote_code=trust_remote_code), files)
-            raise UserError(wrong or f"{name}: cannot be loaded: {str(error).splitlines()[0]}") from error
+            said = f"{type(error).__name__}: {(str(error).strip() or 'nothing said').splitlines()[0][:300]}"
+            raise UserError(wrong or f"{name}: cannot be loaded by transformers: {said}") from error
         refuse_incomplete(model, files, info, packed=bool(unpacked))
         refuse_not_finite(model, files)
     if unpacked:
@@ -107,13 +122,20 @@ def _quiet() -> Iterator[None]:
 def skeleton(
     config: PreTrainedConfig, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The model of a configuration on the meta device: tensors have shapes and no bytes."""
-    kind, config = class_of(config, trust_remote_code), copy.deepcopy(config)
-    with _quiet(), torch.device("meta"):
-        if kind is AutoModelForCausalLM:
-            model: PreTrainedModel = kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-        else:
-            model = kind._from_config(config, dtype=dtype)
+    """The model of a configuration on the meta device: tensors have shapes and no bytes.
+
+    `UserError` for a configuration that no model can be built from.
+    """
+    kind = class_of(config, trust_remote_code)
+    try:
+        with _quiet(), torch.device("meta"):
+            copied = copy.deepcopy(config)
+            if kind is AutoModelForCausalLM:
+                model: PreTrainedModel = kind.from_config(copied, dtype=dtype, trust_remote_code=trust_remote_code)
+            else:
+                model = kind._from_config(copied, dtype=dtype)
+    except BUILDING_FAILS as error:
+        raise cannot_be_built(config, error) from error
     return model.eval()
 
 
@@ -158,7 +180,10 @@ def class_of(config: PreTrainedConfig, trust_remote_code: bool) -> Any:
     """The class that a checkpoint names, where transformers has it: AutoModelForCausalLM drops a vision tower."""
     if trust_remote_code and getattr(config, "auto_map", None):
         return AutoModelForCausalLM
-    return getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
+    named = next(iter(config.architectures or []), None)
+    found = getattr(transformers, named, None) if isinstance(named, str) else None
+    is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
+    return found if is_model else AutoModelForCausalLM
 
 
 def _unpacked(name: str, config: Any) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def _read_index(folder: Path) -> dict[str, Any] | None:
         index = json.loads(path.read_text(encoding="utf-8"))
         names = index["weight_map"].items()
         wrong = next((file for _, file in names if not is_weight_file(file)), None)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not an index of a checkpoint: {type(error).__name__}: {error}") from error
     if wrong is not None:
         raise UserError(f"{path}: names the file {wrong!r}; allowed: *.safetensors in the same folder")

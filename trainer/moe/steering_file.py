@@ -170,6 +170,10 @@ def read(path: Path, backbone: Backbone, model: str) -> SteeringFile:
     """
     try:
         data = from_json(Path(path).read_bytes())
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error.strerror}); expected steering.json or expert_set.json"
+        ) from error
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
     if not (isinstance(data, dict) and "members" in data):

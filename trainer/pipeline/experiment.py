@@ -157,6 +157,9 @@ class Experiment(Generic[R]):
         section: RepliesSection,
     ) -> list[Reply]:
         """Replies of the model, as detection and the training rows ask for them."""
+        whose = next(
+            (name for name in type(self.recipe).model_fields if getattr(self.recipe, name) is section), "detect"
+        )
         return reply(
             self.model,
             self.chat,
@@ -164,6 +167,7 @@ class Experiment(Generic[R]):
             max_new_tokens=section.max_new_tokens,
             batch_size=self.recipe.evaluate.batch_size,
             label=label,
+            key=f"{whose}.max_new_tokens",
         )
 
     # --- the run folder ---------------------------------------------------------------------------

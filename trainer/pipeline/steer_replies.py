@@ -28,9 +28,13 @@ def steered_replies(
     `strength` replaces the file's.
 
     Raises:
-        ValueError: a file of another model, contradictory or impossible sets, a strength outside [0, 1].
-        OSError: a file or model that is not there.
+        ValueError: a file that is not there or of another model, contradictory or impossible sets, a strength outside
+            [0, 1], no room for so many tokens, an empty prompt.
     """
+    if strength is not None and not 0 <= strength <= 1:
+        raise UserError(f"--strength: found {strength}; allowed: 0 (untouched) to 1 (forced)")
+    if not all(prompt.strip() for prompt in prompts):
+        raise UserError("--prompt: found an empty text; allowed: what the model is to be asked")
     section = ModelSection(name_or_path=model)
     loaded, tokenizer = loading.load(section)
     chat = Chat.of(loaded, tokenizer, section)
@@ -45,6 +49,7 @@ def steered_replies(
             max_new_tokens=max_new_tokens,
             batch_size=BATCH,
             label="steered replies",
+            key="--max-new-tokens",
         )
     return [found.text for found in replies]
 
@@ -57,7 +62,11 @@ def read_prompts(path: Path) -> list[str]:
     """
     if path.suffix != ".txt":
         return [row.text for row in load("records", Source(str(path), "benign"))]
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts: {path}: cannot be read as a text file: {error}") from error
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise UserError(f"{path}: holds no prompts; expected one a line")
     return prompts

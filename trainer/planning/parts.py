@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from data_prep.errors import UserError
 from trainer.model import load as loading
@@ -48,23 +48,6 @@ class Parts:
     footprint_share: float
     trainable: dict[str, int]
     """Training stage -> parameters that it trains."""
-
-
-def read_config(section: ModelSection) -> PreTrainedConfig:
-    """The model's configuration, from its folder, the cache or the Hub.
-
-    Raises:
-        UserError: it is in none of these, or cannot be read.
-    """
-    name = section.name_or_path
-    try:
-        return AutoConfig.from_pretrained(name, revision=section.revision, trust_remote_code=section.trust_remote_code)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"model.name_or_path: no configuration of {name!r}: neither a folder with a config.json nor in the cache, "
-            f"nor could the Hub give it ({first})"
-        ) from error
 
 
 def dtype_of(section: ModelSection, config: PreTrainedConfig) -> torch.dtype:

@@ -24,9 +24,10 @@ from trainer.engines.memory import (
     memory,
     processes_of,
 )
+from trainer.model.config import read_config
 from trainer.moe.backbone import Backbone
 from trainer.planning import workload
-from trainer.planning.parts import Parts, count, on_meta, read_config
+from trainer.planning.parts import Parts, count, on_meta
 from trainer.planning.planned import Planned, PlannedStage
 from trainer.planning.rehearsal import rehearse
 from trainer.planning.sizes import OPTIMISERS, measure
@@ -36,6 +37,8 @@ from trainer.recipe.schema import Recipe
 USABLE = 0.95
 """Share of a GPU that a run may fill; the rest goes to the runtime, communication and gaps between blocks."""
 GB = 10**9
+MOST = 65_536
+"""GPUs of a node, and nodes."""
 
 
 @dataclass(frozen=True)
@@ -242,11 +245,14 @@ def plan(
         ValueError: a model without MoE layers.
     """
     for option, value in (("--gpus", gpus), ("--nodes", nodes)):
-        if value < 1:
-            raise UserError(f"{option}: found {value}; allowed: 1 or more")
+        if not 1 <= value <= MOST:
+            raise UserError(f"{option}: found {value}; allowed: 1 to {MOST:,}")
     if gpu_memory_gb is not None and not 0 < gpu_memory_gb < math.inf:
         raise UserError(f"--gpu-memory: found {gpu_memory_gb}; allowed: the memory of one GPU in GB, such as 80")
-    config = config or read_config(recipe.model)
+    named = recipe.model
+    config = config or read_config(
+        named.name_or_path, revision=named.revision, trust_remote_code=named.trust_remote_code
+    )
     parts = count(recipe.model, config, planned.footprint)
     made = Plan(recipe, planned, config, gpus, nodes, gpu_memory_gb, parts)
     made.parts = replace(parts, trainable={name: made._sizes[name].elements for name in made.training})

@@ -31,8 +31,8 @@ class RunSection(Section):
         "runs",
         min_length=1,
         max_length=3000,
-        pattern=r"^[^\x00-\x1f\x7f]+$",
-        description="a path without control characters; the run folder is <output_dir>/<name>",
+        pattern=r"^[^~\x00-\x1f\x7f][^\x00-\x1f\x7f]*$",
+        description="a path without control characters, not from ~ on; the run folder is <output_dir>/<name>",
     )
 
 

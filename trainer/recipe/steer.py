@@ -29,7 +29,9 @@ class SteerSection(Section):
     )
     pairs: FileName | None = Field(None, description="JSON Lines of pairs, for faithfulness and custom")
     table: FileName | None = Field(None, description="activation counts of another tool instead of counting")
-    refusal: str | None = Field(None, description="fixed refusal of x1; null: the model's own, of the plain goal")
+    refusal: str | None = Field(
+        None, pattern=r"\S", description="fixed refusal of x1; null: the model's own, of the plain goal"
+    )
     unsafe: Literal["own", "answer"] = Field(
         "own", description="x2: the model's own reply to the jailbreak, or the answer column of data.harmful"
     )

@@ -207,6 +207,10 @@ def _check_bounds(key: str, value: Any) -> None:
         raise at_key(key, f"found {shown(value)}, expected at least {least:g}")
     if not value <= most:
         raise at_key(key, f"found {shown(value)}, expected at most {most:.10g}")
+    if key == "max_steps" and -1 < value < 1:
+        raise at_key(key, f"found {shown(value)}, expected 1 or more, or -1 for the steps of num_train_epochs")
+    if key == "num_train_epochs" and value == 0:
+        raise at_key(key, f"found {shown(value)}, expected more than 0")
     if key.endswith("_steps") and key != "warmup_steps" and value != int(value):
         raise at_key(key, f"found {shown(value)}, expected a whole number")
 

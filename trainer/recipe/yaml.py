@@ -1,5 +1,6 @@
 """YAML in and out for recipes: scientific numbers, no double keys, `section.key=value` overrides."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,16 +43,28 @@ for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
+MAX_BYTES = 10_000_000
+"""Of a recipe file."""
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. `UserError` names file and line; `OSError` where the file cannot be read."""
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"{path}: is a folder, expected a recipe file (YAML)")
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:  # bounded: a device has no end
+            content = file.read(MAX_BYTES + 1)
+        text = content.decode("utf-8")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file; expected a recipe file (YAML)") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    except ValueError as error:
+        raise UserError(f"{str(path)!r}: names no file ({error}); expected a recipe file (YAML)") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a recipe file (YAML)") from error
+    if len(content) > MAX_BYTES:
+        raise UserError(f"{path}: found more than {MAX_BYTES:,} bytes; expected a recipe file (YAML)")
     tree = _plain(_parse(text, str(path)), str(path))
     if tree is None:
         raise UserError(f"{path}: the file is empty; expected the sections run, model, data, ...")

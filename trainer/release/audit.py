@@ -20,7 +20,7 @@ from trainer.moe.backbone import Backbone
 from trainer.moe.footprint import Footprint
 from trainer.moe.routing import record
 from trainer.release.export import CONFIG
-from trainer.release.places import Places, changed_rows
+from trainer.release.places import Places, changed_rows, held_alike
 from trainer.release.rewrite import other_files
 from trainer.release.trained import Trained
 
@@ -92,12 +92,28 @@ def _compare_models(base: Path, folder: Path, footprint: Footprint) -> dict[str,
     new = dict(after.named_parameters()) | dict(after.named_buffers())
     where = Places(after, new, converted=True)
     moved = _Moved(where, where.footprint(footprint), outside=sorted(old.keys() ^ new.keys()))
-    for name in sorted(old.keys() & new.keys()):
-        moved.add(name, old[name].detach(), new[name].detach())
-    with CheckpointFiles(base) as files:
+    with CheckpointFiles(base) as files, CheckpointFiles(folder) as written:
+        # A loaded model has one type: what both checkpoints hold is compared in their files, low bits and all.
+        alike = held_alike(after, files.file_of, written.file_of)
+        for name in sorted(old.keys() & new.keys()):
+            if name in alike:
+                ours, theirs = alike[name]
+                moved.add(name, files.tensor(ours), written.tensor(theirs))
+            else:
+                moved.add(name, old[name].detach(), new[name].detach())
+        types = {
+            target: written.dtype(n)
+            for n, place in Places(after, written.file_of).of.items()
+            for target in place.targets
+        }
         # Names of draft heads, of packed tensors, or older ones that become a parameter after all.
         stored = Places(after, files.file_of)
         known = after.state_dict().keys()
+        moved.outside += [
+            n
+            for n, place in sorted(stored.of.items())
+            if not _packed(n) and any(types.get(target, files.dtype(n)) != files.dtype(n) for target in place.targets)
+        ]
         left_out = [n for n, place in sorted(stored.of.items()) if place.targets[0] not in known and not _packed(n)]
     return moved.summary(after, footprint, "models") | {
         "not_exported": left_out,

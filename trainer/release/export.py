@@ -16,6 +16,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from trainer.model.file_names import FileNames, hub_names, own_names
 from trainer.model.weight_files import INDEX, SINGLE, CheckpointFiles, bits
 from trainer.recipe.sections import ExportSection
+from trainer.release.places import held_alike
 from trainer.release.rewrite import copy_other_files, whole_folder, write_like
 from trainer.runtime.console import say
 from trainer.runtime.files import tensor_errors_as_oserror, write_tensors
@@ -32,7 +33,8 @@ def export_checkpoint(model: PreTrainedModel, base: Path, folder: Path, section:
     and one tensor are held in memory.
 
     A base in another format (packed experts, older names) cannot be kept: its weights are written as transformers
-    writes them, with the model's own configuration. The other files are the base's in either case.
+    writes them, with the model's own configuration; what the base stores as the model holds it keeps its type, and its
+    bits where nothing changed. The other files are the base's in either case.
 
     Args:
         section: says how large a weight file may be that cannot be cut as the base's.
@@ -45,7 +47,7 @@ def export_checkpoint(model: PreTrainedModel, base: Path, folder: Path, section:
         names = _names_in(model, before)
         if names is None:
             say("export: the base is stored in another format, so its weights are written in the present one")
-            _write_model(model, partial, section.max_shard_size)
+            _write_model(model, partial, section.max_shard_size, before)
             own = (partial / CONFIG).read_bytes()
             copy_other_files(base, partial)
             (partial / CONFIG).write_bytes(own)
@@ -76,14 +78,16 @@ def _edited(base: CheckpointFiles, names: FileNames) -> Callable[[str], Tensor]:
 
     def tensor(name: str) -> Tensor:
         old = base.tensor(name)
-        if name not in names.shapes:
-            return old
-        new = names.tensor(name).cpu()
-        # Compared as the model holds it: what it did not change keeps the base's bits, also of a wider type.
-        differs = bits(old.to(new.dtype)) != bits(new)
-        return torch.where(differs, new.to(old.dtype), old) if bool(differs.any()) else old
+        return old if name not in names.shapes else _with_changes(old, names.tensor(name).cpu())
 
     return tensor
+
+
+def _with_changes(old: Tensor, new: Tensor) -> Tensor:
+    """The base's tensor with the values that the model changed, in the base's type."""
+    # Compared as the model holds it: what it did not change keeps the base's bits, also of a wider type.
+    differs = bits(old.to(new.dtype)) != bits(new)
+    return torch.where(differs, new.to(old.dtype), old) if bool(differs.any()) else old
 
 
 def save_checkpoint(
@@ -109,25 +113,36 @@ def save_checkpoint(
         tokenizer.save_pretrained(partial)
 
 
-def _write_model(model: PreTrainedModel, folder: Path, max_shard_size: str) -> None:
-    """The configuration and the tensors that `save_pretrained` would write, these layer by layer."""
+def _write_model(
+    model: PreTrainedModel, folder: Path, max_shard_size: str, base: CheckpointFiles | None = None
+) -> None:
+    """The configuration and the tensors that `save_pretrained` would write, these layer by layer.
+
+    Those that `base` holds, under whatever name, are written in its type.
+    """
     with tensor_errors_as_oserror(folder):
         model.save_pretrained(folder, state_dict={})  # the configuration; of weights an empty file
         (folder / SINGLE).unlink(missing_ok=True)
-        _write_weights(model, folder, max_shard_size)
+        _write_weights(model, folder, max_shard_size, base)
 
 
-def _write_weights(model: PreTrainedModel, folder: Path, max_shard_size: str) -> None:
+def _write_weights(model: PreTrainedModel, folder: Path, max_shard_size: str, base: CheckpointFiles | None) -> None:
     ignored = model._keys_to_ignore_on_save or ()
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
     names = hub_names(model, remove_tied_weights_from_state_dict(state, model))
     plan = split_torch_state_dict_into_shards(
         names.shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
+    of_base: dict[str, str] = {}
+    if base is not None:
+        of_base = {theirs: ours for ours, theirs in held_alike(model, base.file_of, names.shapes).values()}
     waiting: dict[str, dict[str, Tensor]] = {file: {} for file in plan.filename_to_tensors}
     for name in names.by_layer:
         file = plan.tensor_to_filename[name]
-        waiting[file][name] = names.tensor(name).contiguous()
+        value = names.tensor(name).contiguous()
+        if base is not None and name in of_base and base.shape(of_base[name]) == list(value.shape):
+            value = _with_changes(base.tensor(of_base[name]), value.cpu())
+        waiting[file][name] = value
         if len(waiting[file]) == len(plan.filename_to_tensors[file]):
             write_tensors(folder / file, waiting.pop(file), {"format": "pt"})
     assert not waiting, "every planned tensor is made by some layer"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,9 +17,18 @@ def check_new(out: Path, option: str) -> None:
     allowed = "allowed: a folder that does not exist yet"
     if out.name in ("", "..") or "\0" in str(out):
         raise UserError(f"{option}: found {str(out)!r}, which names no new folder; {allowed}")
-    if out.is_symlink():
+    try:
+        above = next(parent for parent in out.absolute().parents if os.path.lexists(parent))
+        link, exists = out.is_symlink(), out.exists()
+    except OSError as error:
+        raise UserError(
+            f"{option}: found {str(out)!r}, which names no new folder ({error.strerror}); {allowed}"
+        ) from error
+    if link:
         raise UserError(f"{option}: {out} exists already, as a link; {allowed}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not above.is_dir():
+        raise UserError(f"{option}: found {str(out)!r}, but {above} is no folder; {allowed}")
+    if exists and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{option}: {out} exists already; {allowed}")
 
 

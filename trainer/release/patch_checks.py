@@ -231,7 +231,7 @@ def check_within(about: About, path: Path, name: str, old: Tensor) -> None:
 def check_configs(configs: Mapping[str, str], where: str, base: Path) -> None:
     """`UserError`, which begins with `where`, unless configurations are the base's but for keys of `MAY_DIFFER`."""
     for name, text in configs.items():
-        own = (base / name).read_text(encoding="utf-8") if (base / name).is_file() else "{}"
+        own = _own(base / name)
         if text == own:
             continue
         new = _object(text, f"{where}: {name}")
@@ -245,6 +245,15 @@ def check_configs(configs: Mapping[str, str], where: str, base: Path) -> None:
             if not isinstance(value, str) or not (value in FLOATS if types else _VERSION.fullmatch(value)):
                 allowed = ", ".join(FLOATS) if types else "a version"
                 raise UserError(f"{where}: {name}: {'.'.join(key)}: found {shown(value)}, allowed: {allowed}")
+
+
+def _own(path: Path) -> str:
+    if not path.is_file() and path.name == CONFIGS[0]:
+        raise UserError(f"{path}: not found; allowed as a base: the folder of a model")
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else "{}"
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: damaged or truncated: {error}") from error
 
 
 def _object(text: str, where: str) -> dict[str, Any]:

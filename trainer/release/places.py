@@ -103,6 +103,15 @@ class Places:
         return found
 
 
+def held_alike(model: PreTrainedModel, base: Iterable[str], written: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Name in the model -> its names in two checkpoints, of the tensors that both hold as the model does."""
+    ours, theirs = (
+        {targets[0]: name for name, (targets, pattern) in targets_of(model, names).items() if pattern is None}
+        for names in (base, written)
+    )
+    return {target: (ours[target], theirs[target]) for target in ours.keys() & theirs.keys()}
+
+
 def changed_rows(differs: Tensor) -> list[int]:
     """Indices of the rows (of a vector, the elements) with a true value; a scalar is its only row."""
     per_row = differs.flatten(1).any(1) if differs.ndim > 1 else differs.reshape(-1)

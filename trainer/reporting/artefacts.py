@@ -1,7 +1,6 @@
 """Reading a run folder. Only `evaluation.json` is needed; whatever else is absent is remembered as absent."""
 
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,16 @@ from data_prep.json_lines import read_json_lines
 from trainer.moe.json_files import parse
 from trainer.recipe.yaml import read_yaml
 from trainer.reporting import records
+from trainer.reporting.records import FINITE
 
-FINITE = sys.float_info.max
+COUNTS = ("a1", "d1", "a2", "d2")
+"""Columns of a table of activations that are not shown, but are in every table that detection wrote."""
+COLUMNS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("layer", "expert"), (0, 65535)),
+    "score": (-FINITE, FINITE),
+    **dict.fromkeys(COUNTS, (0, 2**53)),
+}
+"""Column -> its smallest and largest value."""
 
 
 @dataclass
@@ -89,6 +96,8 @@ def read(run_dir: Path) -> Artefacts:
 
 
 def _present(found: Artefacts, path: Path) -> bool:
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, expected the file that a run writes there")
     if not path.is_file():
         found.missing.add(path.name)
     return path.is_file()
@@ -130,16 +139,18 @@ def _activations(path: Path) -> pd.DataFrame:
         frame = pd.read_parquet(path)
     except (pa.ArrowException, ValueError, OSError) as error:
         raise UserError(f"{path}: cannot be read as Parquet: {' '.join(str(error).split())}") from error
-    for column, least, most in (("layer", 0, 65535), ("expert", 0, 65535), ("score", -FINITE, FINITE)):
+    for column, (least, most) in COLUMNS.items():
         if column not in frame:
+            if column in COUNTS:
+                continue
             raise UserError(f"{path}: no column {column!r}; found: {', '.join(map(str, frame.columns[:20]))}")
         values = frame[column]
-        kind = pd.api.types.is_integer_dtype if column != "score" else pd.api.types.is_numeric_dtype
-        if not kind(values):
+        kind = pd.api.types.is_integer_dtype if most < FINITE else pd.api.types.is_numeric_dtype
+        if not kind(values) or pd.api.types.is_bool_dtype(values):
             raise UserError(f"{path}: column {column!r}: found values of type {values.dtype}, expected numbers")
         wrong = values[~values.between(least, most)]
         if len(wrong):
-            allowed = f"{least} to {most}" if column != "score" else "a finite number"
+            allowed = f"{least} to {most}" if most < FINITE else "a finite number"
             raise UserError(
                 f"{path}: column {column!r}, row {wrong.index[0]}: found {wrong.iloc[0]}; allowed: {allowed}"
             )

@@ -29,6 +29,7 @@ from trainer.reporting.method_report import MethodReport, Report
 from trainer.reporting.stages import stage_sections
 from trainer.reporting.templates import template
 from trainer.reporting.verdict import cautions, headline
+from trainer.runtime.files import atomic_write
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 
@@ -43,9 +44,7 @@ def write(run_dir: Path, report: Report | None = None) -> Path:
     """
     run = read(Path(run_dir))
     path = run.folder / "report.html"
-    partial = path.with_name("report.html.partial")
-    partial.write_text(_render(run, report(run) if report else MethodReport()), encoding="utf-8")
-    partial.replace(path)
+    atomic_write(path, _render(run, report(run) if report else MethodReport()))
     return path
 
 

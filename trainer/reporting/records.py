@@ -5,6 +5,7 @@ Keys that are not named here may stand in the files and are not looked at.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, RootModel, Va
 from trainer.moe.json_files import first_problem
 from trainer.reporting.figures import is_rate
 
+FINITE = sys.float_info.max
 Natural = Annotated[int, Field(ge=0)]
 Index = Annotated[int, Field(ge=0, lt=65536)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -137,7 +139,15 @@ class Parameters(Known):
     total_parameters: Annotated[int, Field(ge=1)]
 
 
-class Log(RootModel[list[dict[str, int | float | None]]]):
+def _drawn(row: dict[str, int | float | None]) -> dict[str, int | float | None]:
+    """A gradient's norm may be infinite in a good run; what is drawn may not."""
+    for key, value in row.items():
+        if (key == "step" or key.endswith("loss")) and value is not None and not abs(value) <= FINITE:
+            raise ValueError(f"{key}: found {str(value)[:40]}, expected a finite number")
+    return row
+
+
+class Log(RootModel[list[Annotated[dict[str, int | float | None], AfterValidator(_drawn)]]]):
     """A trainer's log_history."""
 
     model_config = ConfigDict(strict=True)

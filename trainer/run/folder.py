@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from trainer.runtime.files import atomic_write, sha256, sha256_text
 from trainer.runtime.processes import PeakMemory, from_rank_0
 
 LOCK = ".lock"
+FOLDERS = ("stages", "model")
 # A folder may be resumed only by a recipe that agrees in these; other sections decide which steps run again.
 IDENTITY = ("method", "run.seed", "model", "data")
 
@@ -74,6 +76,7 @@ class Run:
             recipe_of: makes a recipe of a plain dict; `source` begins its errors.
         """
         manifest = Manifest.read(folder)
+        _refuse_files(folder)
         recipe = recipe_of(manifest.recipe, source=manifest.source(folder))
         lock = None
         if is_main_process():
@@ -300,6 +303,15 @@ def _refuse_foreign(folder: Path, force: bool) -> None:
     except OldRunError:
         if not force:
             raise
+    if not force:
+        _refuse_files(folder)
+
+
+def _refuse_files(folder: Path) -> None:
+    # Said before a step is made that could not be written.
+    for path in (folder / name for name in FOLDERS):
+        if os.path.lexists(path) and not path.is_dir():
+            raise UserError(f"{path}: is no folder, expected one that a run made, or nothing; remove it")
 
 
 def _empty(folder: Path) -> None:

@@ -156,7 +156,7 @@ class Manifest(BaseModel):
 def _format(content: bytes) -> object:
     try:
         found = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found.get("format") if isinstance(found, dict) else None
 

@@ -10,13 +10,18 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data_prep.errors import UserError
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; it takes the place of `path` at the end, if nothing was raised.
 
-    A reader sees the old file or the new one, never a half. `OSError` names `path` where the disk is full.
+    A reader sees the old file or the new one, never a half. `OSError` names `path` where the disk is full, `UserError`
+    where it is a folder.
     """
+    if path.is_dir() and not path.is_symlink():
+        raise UserError(f"{path}: is a folder, expected a file or nothing; remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -15,6 +15,16 @@ from data_prep.errors import UserError
 
 T = TypeVar("T")
 
+NUMBERS = {
+    "RANK": 0,
+    "LOCAL_RANK": 0,
+    "WORLD_SIZE": 1,
+    "LOCAL_WORLD_SIZE": 1,
+    "HF_HUB_DOWNLOAD_TIMEOUT": 1,
+    "HF_HUB_ETAG_TIMEOUT": 1,
+}
+"""Variable -> its smallest value. huggingface_hub's own error does not say which variable it is about."""
+
 _MIB = 1024 * 1024
 
 PATIENCE = timedelta(hours=2)
@@ -22,9 +32,9 @@ PATIENCE = timedelta(hours=2)
 
 
 def check_environment() -> None:
-    """`UserError` where what a launcher puts into the environment cannot be: names the variable."""
+    """`UserError` where a number in the environment, a launcher's or the Hub's, cannot be: names the variable."""
     numbers = {}
-    for name, least in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)):
+    for name, least in NUMBERS.items():
         text = os.environ.get(name)
         if text is None:
             continue

@@ -19,12 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.trainer import TRAINER_STATE_NAME
 
 from data_prep.errors import UserError
 from trainer.engines import optimiser_states
 from trainer.engines.hf_trainer import EngineTrainer
+from trainer.moe.json_files import Record, parse
 from trainer.moe.trainable import TrainableModel
 from trainer.runtime.console import is_main_process, say
 from trainer.runtime.files import atomic_write, save_tensors
@@ -64,7 +66,7 @@ class ResumableTrainer(EngineTrainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            _set_rng(json.loads((Path(checkpoint) / ABOUT).read_text())["rng"][rank()])
+            _set_rng(_about(Path(checkpoint))["rng"][rank()])
 
 
 def latest(folder: Path) -> Path | None:
@@ -84,12 +86,12 @@ def resumable(folder: Path, inputs: str) -> Path | None:
     """The checkpoint to go on from; one of other inputs is removed. The same answer on every rank.
 
     Raises:
-        UserError: the checkpoint was made by another number of processes, which split it differently.
+        UserError: the checkpoint is damaged, or was made by another number of processes, which split it differently.
     """
     path = from_rank_0(latest(folder))
     if path is None:
         return None
-    about = json.loads((path / ABOUT).read_text())
+    about = _about(path)
     if about["inputs"] != inputs:
         say(f"{path}: made by another recipe or model, removed")
         clear(folder)
@@ -152,21 +154,50 @@ def restore(trainer: ResumableTrainer, path: Path) -> None:
     """Put back weights, optimiser and scheduler, after the engine has wrapped them. Collective.
 
     Raises:
-        UserError: another engine kept the optimiser's states, in parts of its own.
+        UserError: another engine kept the optimiser's states, in parts of its own; a file is damaged.
     """
-    about = json.loads((path / ABOUT).read_text())
+    about = _about(path)
     kept_by = optimiser_states.kept_by(trainer)
     if about["kept_by"] != kept_by:
         raise UserError(
             f"{path}: optimiser states are those of {about['kept_by']}, found {kept_by}; go on with "
             f"{about['kept_by']}, or remove {path} to train this stage from its start"
         )
-    trainer.trained.load_state_dict(load_file(path / WEIGHTS))
-    optimiser_states.load(trainer, load_file(path / _optimiser_file(trainer)), path)
+    trainer.trained.load_state_dict(_tensors(path / WEIGHTS))
+    optimiser_states.load(trainer, _tensors(path / _optimiser_file(trainer)), path)
     if trainer.lr_scheduler is not None:
         trainer.lr_scheduler.load_state_dict(about["scheduler"])
         for group, rate in zip(trainer.optimizer.param_groups, about["scheduler"]["_last_lr"], strict=True):
             group["lr"] = rate
+
+
+class _About(Record):
+    inputs: str
+    processes: int
+    kept_by: str
+    scheduler: dict[str, Any] | None
+    rng: list[dict[str, Any]]
+
+
+class _State(Record):
+    global_step: int
+
+
+def _about(path: Path) -> dict[str, Any]:
+    try:
+        parse(path / TRAINER_STATE_NAME, _State, "the state of a trainer")
+        return parse(path / ABOUT, _About, "about a checkpoint").model_dump()
+    except (ValueError, OSError) as error:
+        raise UserError(f"{error}; remove {path} to train this stage from its start") from error
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path}: damaged or missing: {error}; remove {path.parent} to train this stage from its start"
+        ) from error
 
 
 def _optimiser_file(trainer: ResumableTrainer) -> str:
