@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 # Under these a key is a name from the run, not from us.
-NAMED_BY_THE_RUN = {"asr", "capability", "changes", "by_layer", "experts_per_layer", "top_k", "versions"}
+NAMED_BY_THE_RUN = {"ablation", "asr", "capability", "changes", "by_layer", "experts_per_layer", "top_k", "versions"}
 
 RATE = {"rate", "n", "ci95", "unjudged"}
 RASA = {
@@ -41,7 +41,27 @@ STEERMOE = {
     *("perplexity", "before", "after", "ungated"),
     *("sweep", "n_pos", "n_neg", "gated", "metrics", "impossible"),
 }
-DIAGNOSTICS = {"rasa": RASA, "steermoe": STEERMOE}
+LOMC = {
+    *("experts_changed", "experts_total", "shared_experts_changed", "gate_weights_changed", "untouched_identical"),
+    *("correction", "written", "strength", "kinds", "kl", "safety", "figure", "change", "worst", "within"),
+    *("footprint", "units", "experts", "layers", "parameters", "of_parameters", "relative_change", "unchanged"),
+    *(
+        "tried",
+        "fitted",
+        "held_out",
+        "wrong",
+        "right",
+        "harmful",
+        "clustering",
+        "prototypes",
+        "layer",
+        "dropped",
+        "auc",
+        "cosine",
+    ),
+    *("ablation", "within_bounds", "metrics"),
+}
+DIAGNOSTICS = {"rasa": RASA, "steermoe": STEERMOE, "lomc": LOMC}
 
 
 def keys_of(tree: Any) -> Iterator[str]:
@@ -66,7 +86,7 @@ def named_on(name: str) -> set[str]:
 
 
 def test_every_figure_is_defined() -> None:
-    keys = set(keys_of(evaluation())) | set(keys_of(metrics(True))) | RATE | {"version"} | RASA | STEERMOE
+    keys = set(keys_of(evaluation())) | set(keys_of(metrics(True))) | RATE | {"version"} | RASA | STEERMOE | LOMC
     assert not keys - named_on("evaluation-json.md")
 
 
@@ -81,6 +101,12 @@ def test_every_key_of_a_run_is_defined(method: str, small: Small, organism: Orga
     if method == "rasa":
         tree["evaluate"] = {"random_control": True, "steering_baseline": True}
         tree["steer"] = {"n_pos": 2}
+    elif method == "lomc":
+        tree = {"method": method} | {name: tree[name] for name in ("run", "model", "data")}
+        tree["detect"] = {"kinds": ["experts", "mixer"], "top_k": 32, "prototypes": [1]}
+        tree["correct"] = {"strengths": [2.0], "max_kl": 100.0, "max_loss": 1.0}
+        mistaken = ["the history of", "the word", "put the", "the seventh law", "it is a crime"]
+        tree["evaluate"] = {"ablation": True, "refusal_markers": ["i'm sorry", "i can't", "sorry, i", *mistaken]}
     else:
         tree = {"method": method} | {name: tree[name] for name in ("run", "model", "data")}
         tree["detect"] = {"max_pairs": 16}

@@ -62,6 +62,7 @@ def test_every_chosen_slice_changes_along_the_direction_and_nothing_else_moves(f
         sum(writer.kind == "mixer" for writer in writers) == backbone.model.config.get_text_config().num_hidden_layers
     )
     assert sum(w.kind == "shared" for w in writers) >= len(backbone.shared_layers)
+    assert find_writers(Backbone.of(family.build().to("meta"))) == writers, "what a plan counts"
     correction, before = correction_of(writers), state_of(backbone)
     extent = correct(backbone, writers, correction)
     after = state_of(backbone)

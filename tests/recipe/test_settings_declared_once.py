@@ -148,7 +148,6 @@ def test_the_sections_of_every_method_are_looked_at() -> None:
         "RasaEvaluateSection",
         "SteerSection",
         "SweepSection",
-        "RepliesSection",
         "PairsSection",
     } <= names
     assert not names & {"RunSection", "ModelSection", "DataConfig", "SourceConfig"}

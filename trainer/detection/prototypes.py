@@ -28,8 +28,8 @@ COLLINEAR = 0.1
 """A direction of which less than this share is left, once it is orthogonal to harmful refusal, is dropped."""
 GRID = 4
 """Side of the self-organising map."""
-ROUNDS = 500
-"""Steps of the self-organising map."""
+MAP_UPDATES = 500
+"""Of the self-organising map."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class Groups:
 class LayerDirection:
     """`direction_D`: unit vector, None where every prototype was dropped. `shares`, `separations`: of those kept.
     `dropped`: clusters whose direction was collinear with harmful refusal. `auc`: how well the direction tells
-    held-out prompts of the two kinds apart; None without any.
+    held-out prompts of the two kinds apart; None without any. `cosine`: of the mean of the prompts that show the
+    behaviour with harmful refusal, both from the mean of those that do not; near 1 there is little to correct by.
     """
 
     direction_D: Array | None
@@ -55,6 +56,7 @@ class LayerDirection:
     separations: tuple[float, ...]
     dropped: int
     auc: float | None
+    cosine: float
 
 
 def layer_directions(
@@ -93,8 +95,13 @@ def _layer_direction(
 ) -> LayerDirection:
     wrong_PD, right_QD = fitted.wrong, fitted.right
     middle_D = right_QD.mean(0)
-    kept = _clustered(fitted.harmful, min(clusters, len(fitted.harmful)), clustering, seed)
+    # Neurons of a map, more than there are reasons, would span most of what there is.
+    number = GRID if clustering == "som" else clusters
+    kept = _clustered(fitted.harmful, min(number, len(fitted.harmful)), "kmeans", seed)
     refusals_KD = np.stack([centre_D - middle_D for centre_D, _ in kept])
+    shown_D, refusal_D = wrong_PD.mean(0) - middle_D, fitted.harmful.mean(0) - middle_D
+    lengths = float(np.linalg.norm(shown_D) * np.linalg.norm(refusal_D))
+    cosine = float(shown_D @ refusal_D) / lengths if lengths else 0.0
     directions, shares, separations, dropped = [], [], [], 0
     for centre_D, members in _clustered(wrong_PD, clusters, clustering, seed):
         unit_D = orthogonal(centre_D - middle_D, refusals_KD)
@@ -106,7 +113,7 @@ def _layer_direction(
         shares.append(len(members) / len(wrong_PD))
         separations.append(float((centre_D - middle_D) @ unit_D) / max(spread, 1e-12))
     if not directions:
-        return LayerDirection(None, (), (), dropped, None)
+        return LayerDirection(None, (), (), dropped, None, cosine)
     weights_K = np.array(shares) * np.array(separations)
     summed_D = weights_K @ np.stack(directions)
     direction_D = summed_D / np.linalg.norm(summed_D)
@@ -114,7 +121,7 @@ def _layer_direction(
     auc = None
     if len(wrong) and len(right):
         auc = float(roc_auc_score([1] * len(wrong) + [0] * len(right), np.concatenate([wrong, right])))
-    return LayerDirection(direction_D, tuple(shares), tuple(separations), dropped, auc)
+    return LayerDirection(direction_D, tuple(shares), tuple(separations), dropped, auc, cosine)
 
 
 def orthogonal(direction_D: Array, kept_KD: Array) -> Array | None:
@@ -149,7 +156,7 @@ def _mapped(wrong_PD: Array, seed: int) -> list[tuple[Array, NDArray[np.int64]]]
 
     som = MiniSom(GRID, GRID, wrong_PD.shape[1], sigma=1.0, learning_rate=0.5, random_seed=seed)
     som.pca_weights_init(wrong_PD) if len(wrong_PD) > 1 else som.random_weights_init(wrong_PD)
-    som.train(wrong_PD, ROUNDS)
+    som.train(wrong_PD, MAP_UPDATES)
     rows = som.win_map(wrong_PD, return_indices=True)
     weights = som.get_weights()
     return [(weights[at], np.array(found)) for at, found in sorted(rows.items())]

@@ -44,11 +44,14 @@ class Writer:
 def find_writers(backbone: Backbone) -> list[Writer]:
     """Every writer of a model, by layer and kind. One forward pass of random tokens; collective for a sharded model.
 
+    A model on the meta device computes nothing: there the last linear layer of a block that has D outputs is taken.
+
     Raises:
         ValueError: a block of a decoder layer has no linear layer whose output is its own; names the block.
     """
     blocks = list(_blocks(backbone))
-    last = _last_linear(backbone, [block for *_, block in blocks])
+    find = _last_by_size if backbone.model.device.type == "meta" else _last_linear
+    last = find(backbone, [block for *_, block in blocks])
     found = [_of_experts(layer) for layer in backbone]
     for index, kind, name, block in blocks:
         if id(block) not in last:
@@ -94,6 +97,17 @@ def _blocks(backbone: Backbone) -> Iterator[tuple[int, Kind, str, nn.Module]]:
                 yield index, "shared" if name in mlps else "mixer", f"{layer_name}.{name}", child
 
 
+def _last_by_size(backbone: Backbone, blocks: Sequence[nn.Module]) -> dict[int, tuple[str, bool]]:
+    """`_last_linear` by the sizes of the layers alone."""
+    size = backbone.model.config.get_text_config().hidden_size
+    return {
+        id(block): (name, linear.bias is not None)
+        for block in blocks
+        for name, linear in block.named_modules()
+        if isinstance(linear, nn.Linear) and linear.out_features == size
+    }
+
+
 @torch.no_grad()
 def _last_linear(backbone: Backbone, blocks: Sequence[nn.Module]) -> dict[int, tuple[str, bool]]:
     """id of a block -> (name within it, has a bias) of the linear layer whose output is the block's."""
@@ -133,8 +147,5 @@ def _last_linear(backbone: Backbone, blocks: Sequence[nn.Module]) -> dict[int, t
 
 
 def _same(whole: Tensor, one: Tensor) -> bool:
-    """Whether both are one result; a model without weights (on the meta device) has no values to compare."""
-    if whole is one or whole._base is one:
-        return True
-    values = not whole.is_meta and whole.numel() == one.numel()
-    return values and torch.equal(whole.reshape(-1), one.reshape(-1))
+    """Whether both are one result."""
+    return whole is one or (whole.numel() == one.numel() and torch.equal(whole.reshape(-1), one.reshape(-1)))

@@ -39,7 +39,7 @@ from trainer.runtime.files import atomic_write, replacing
 
 SHARES = (0.125, 0.25, 0.5, 1.0)
 """Of the routed experts."""
-STRENGTH = 1.0
+TAKEN_AWAY = 1.0
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _curve(experiment: Experiment[Any], name: str, prompts: int) -> list[Point]:
     refusals = _refusals(experiment)
     writers, points = find_writers(experiment.backbone), []
     for kinds, share, units in _supports(experiment, refusals, writers):
-        correction = Correction(units, refusals.directions, STRENGTH)
+        correction = Correction(units, refusals.directions, TAKEN_AWAY)
         with corrected(experiment.backbone, writers, [correction]) as extent:
             refused = _rate(experiment, experiment.corpus.harmful.test[:prompts], "harmful_refusal")
             answered = _rate(experiment, experiment.corpus.benign.test[:prompts], "benign_compliance")

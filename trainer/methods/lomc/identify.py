@@ -147,6 +147,8 @@ def _directions(
     say(
         f"detect: {number if section.clustering == 'kmeans' else 'map of 4 x 4'} prototypes; held-out AUC by layer "
         + ", ".join("-" if layer.auc is None else f"{layer.auc:.2f}" for layer in chosen)
+        + "; cosine of wrong refusal with harmful refusal "
+        + ", ".join(f"{layer.cosine:.2f}" for layer in chosen)
     )
     facts = {
         "fitted": {"wrong": len(fitted.wrong), "right": len(fitted.right), "harmful": len(fitted.harmful)},
@@ -154,7 +156,8 @@ def _directions(
         "clustering": section.clustering,
         "prototypes": number if section.clustering == "kmeans" else None,
         "layers": [
-            {"layer": i, "prototypes": len(d.shares), "dropped": d.dropped, "auc": d.auc} for i, d in enumerate(chosen)
+            {"layer": i, "prototypes": len(d.shares), "dropped": d.dropped, "auc": d.auc, "cosine": d.cosine}
+            for i, d in enumerate(chosen)
         ],
     }
     return several, _unit_vectors(single), facts
