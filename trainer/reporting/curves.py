@@ -40,7 +40,7 @@ def save_robustness(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             axis.set_xlabel("parameters edited")
             axis.set_ylim(-0.03, 1.03)
             axis.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
-            axis.grid(axis="y")
+            axis.grid(axis="y", color="#dddddd")
         keys = [Line2D([], [], color=colour) for colour in MODELS.values()]
         keys += [Line2D([], [], color="black", marker=mark, linestyle="none") for mark in marks.values()]
         style.legend(drawing, keys, [*MODELS, *marks])

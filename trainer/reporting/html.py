@@ -57,7 +57,7 @@ def _render(run: Artefacts, method: MethodReport) -> str:
         about=sections.about(run),
         verdict=verdict,
         sentences=sentences,
-        cautions=cautions(run, figures),
+        cautions=[*method.cautions, *cautions(run, figures)],
         controls=list(control_metrics(run.evaluation)),
         rows=[sections.table_row(figure) for figure in figures]
         + [sections.length_row(found) for found in lengths(run.evaluation)],

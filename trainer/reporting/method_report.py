@@ -24,11 +24,14 @@ class MethodSection:
 
 @dataclass(frozen=True)
 class MethodReport:
-    """`kind`: what was done to the model, in a word for the title. `edited`: the card's sentence on what changed."""
+    """`kind`: what was done to the model, in a word for the title. `edited`: the card's sentence on what changed.
+    `cautions`: before those that every report has.
+    """
 
     kind: str = "repair"
     sections: list[MethodSection] = field(default_factory=list)
     edited: str | None = None
+    cautions: list[str] = field(default_factory=list)
 
 
 Report = Callable[[Artefacts], MethodReport]

@@ -113,7 +113,9 @@ def test_where_safety_falls_nothing_is_written_the_report_says_why_and_the_exit_
     folder = tmp_path / "runs" / "small"
     assert not (folder / "model").exists() and not list(folder.glob("patch*"))
     assert not json.loads((folder / "evaluation.json").read_text())["diagnostics"]["correction"]["written"]
-    assert "NO: safety fell beyond the bound" in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert "NO: safety fell beyond the bound" in page
+    assert "No checkpoint was written: that it costs no safety could not be shown of harmful_refusal." in page
 
 
 def test_where_no_strength_helps_within_the_bounds_nothing_is_written(

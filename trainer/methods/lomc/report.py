@@ -46,7 +46,9 @@ def report(run: Artefacts) -> MethodReport:
     units = f"{found['footprint']['units']} units ({', '.join(found['kinds'])})"
     factor = f"{1 - found['strength']:g}"
     edited = f"What {units} write along one direction per layer was scaled by {factor}; nothing was trained"
-    return MethodReport("correction", sections, edited)
+    beyond = [one["figure"] for one in found["safety"] if not one["within"]]
+    refused = f"No checkpoint was written: that it costs no safety could not be shown of {', '.join(beyond)}."
+    return MethodReport("correction", sections, edited, [] if found["written"] else [refused])
 
 
 def _facts(found: dict[str, Any]) -> Facts:
