@@ -123,8 +123,8 @@ def _variants(experiment: Experiment[LomcRecipe], located: Located) -> dict[str,
     writers = find_writers(experiment.backbone)
     variants = {
         "support_alone": Edit(located.units, None),
-        "one_direction": Edit(tuple(unit for unit in located.units if unit.layer in located.single), located.single),
-        "everywhere": Edit(everywhere(writers, experiment.backbone, located.single), located.single),
+        "one_direction": Edit(tuple(unit for unit in located.units if unit.layer in located.plain), located.plain),
+        "everywhere": Edit(everywhere(writers, experiment.backbone, located.plain), located.plain),
     }
     present = [kind for kind in KINDS if any(writer.kind == kind for writer in writers)]
     combinations: list[list[Kind]] = [[kind] for kind in present] + ([present] if len(present) > 1 else [])

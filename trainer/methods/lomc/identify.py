@@ -37,12 +37,12 @@ Directions = dict[int, Tensor]
 
 @dataclass(frozen=True)
 class Located:
-    """`several`: the aggregated direction of each layer; `single`: the plain difference of means, orthogonalised.
+    """`several`: the aggregated direction of each layer; `plain`: the plain difference of means, orthogonalised.
     `ranked`: (decoder layer, expert), best first. `units`: the support. `about`: for the report.
     """
 
     several: Directions
-    single: Directions
+    plain: Directions
     ranked: list[tuple[int, int]]
     units: tuple[Unit, ...]
     about: dict[str, Any]
@@ -63,7 +63,7 @@ def identify(experiment: Experiment[LomcRecipe], grouped: Step[Groups]) -> Step[
 
     def make() -> tuple[Located, Counts, NDArray[np.float64]]:
         fitted, held = grouped.value.halves(recipe.correct.held_out, recipe.run.seed)
-        several, single, facts = _directions(experiment, fitted, held)
+        several, plain, facts = _directions(experiment, fitted, held)
         counts = _counts(experiment, fitted)
         scores_LE = score(counts, section.score, "token")
         ranked = ranked_experts(scores_LE, counts.experts, counts.layers)
@@ -72,12 +72,12 @@ def identify(experiment: Experiment[LomcRecipe], grouped: Step[Groups]) -> Step[
             raise UserError(
                 f"detect.kinds: {section.kinds}: the model has no such writers in the layers of the support"
             )
-        return Located(several, single, ranked, units, facts), counts, scores_LE
+        return Located(several, plain, ranked, units, facts), counts, scores_LE
 
     def write(made: tuple[Located, Counts, NDArray[np.float64]]) -> None:
         located, counts, scores_LE = made
         held = {f"several.{i}": d for i, d in located.several.items()}
-        save_tensors(tensors, held | {f"single.{i}": d for i, d in located.single.items()})
+        save_tensors(tensors, held | {f"plain.{i}": d for i, d in located.plain.items()})
         content = {"units": located.units, "ranked": located.ranked, "about": located.about}
         atomic_write(about, json.dumps(content, indent=1))
         frame = counts.frame()
@@ -90,13 +90,13 @@ def identify(experiment: Experiment[LomcRecipe], grouped: Step[Groups]) -> Step[
 
     def read() -> Located:
         content, held = json.loads(about.read_text(encoding="utf-8")), load_file(tensors)
-        found: dict[str, Directions] = {"several": {}, "single": {}}
+        found: dict[str, Directions] = {"several": {}, "plain": {}}
         for name, direction_D in held.items():
             kind, _, layer = name.partition(".")
             found[kind][int(layer)] = direction_D
         units = tuple(Unit(*unit) for unit in content["units"])
         ranked = [(layer, expert) for layer, expert in content["ranked"]]
-        return Located(found["several"], found["single"], ranked, units, content["about"])
+        return Located(found["several"], found["plain"], ranked, units, content["about"])
 
     reads = ["detect", "correct.held_out"]
     return experiment.step("detect", make, Kept(write, lambda: files, read), reads=reads, after=[grouped])
@@ -133,7 +133,7 @@ def _directions(
         )
     tried = {n: layer_directions(states, held_states, n, section.clustering, seed) for n in numbers}
     number = best_number(tried)
-    single = layer_directions(states, held_states, 1, "kmeans", seed)
+    plain = layer_directions(states, held_states, 1, "kmeans", seed)
     chosen = tried[number]
     several = _unit_vectors(chosen)
     dropped = [i for i, layer in enumerate(chosen) if layer.direction_D is None]
@@ -160,7 +160,7 @@ def _directions(
             for i, d in enumerate(chosen)
         ],
     }
-    return several, _unit_vectors(single), facts
+    return several, _unit_vectors(plain), facts
 
 
 def _states(experiment: Experiment[LomcRecipe], of: Groups) -> prototypes.Groups:
