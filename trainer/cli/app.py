@@ -280,10 +280,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         line = refusal(error)
         if line is None:
             raise
+        exit_code = getattr(error, "exit_code", USER_ERROR)
         if debug:
             traceback.print_exc()
-            leave(getattr(error, "exit_code", USER_ERROR))
-        _fail(line, getattr(error, "exit_code", USER_ERROR))
+            leave(exit_code)
+        _fail(line, exit_code)
     leave(code if isinstance(code, int) else 0)
 
 

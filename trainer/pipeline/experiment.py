@@ -24,7 +24,7 @@ from trainer.model.reply import Reply
 from trainer.moe.backbone import Backbone
 from trainer.moe.quantised import quantise
 from trainer.recipe.schema import Recipe
-from trainer.recipe.sections import RepliesSection
+from trainer.recipe.sections import EvaluateSection, RepliesSection
 from trainer.run.folder import Run
 from trainer.run.manifest import Manifest
 from trainer.run.step import Artefact, JsonFile, Kept, Step
@@ -154,9 +154,9 @@ class Experiment(Generic[R]):
         prompts: Sequence[Conversation],
         label: str,
         *,
-        section: RepliesSection,
+        section: RepliesSection | EvaluateSection,
     ) -> list[Reply]:
-        """Replies of the model, as detection and the training rows ask for them."""
+        """Replies of the model, of as many tokens as a section of the recipe says."""
         whose = next(
             (name for name in type(self.recipe).model_fields if getattr(self.recipe, name) is section), "detect"
         )
