@@ -20,7 +20,7 @@ from tests.distributed.test_parity import distance
 POINTS = {
     "while pairs are built": "trainer.methods.rasa.identify:build_pairs:1",
     "while activations are counted": "trainer.methods.rasa.identify:count_activations:1",
-    "between two files of detection": "trainer.methods.rasa.identify:plots.save_heat_map:1",
+    "between two files of detection": "trainer.pipeline.detected:plots.save_heat_map:1",
     "before detection is finished": "trainer.run.folder:Run.write_manifest:2",
     "in the first evaluation": "trainer.evaluation.suite:Suite.measure:1",
     "before the answers to retain are kept": "trainer.methods.rasa.mix:atomic_write:1",

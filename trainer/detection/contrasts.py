@@ -19,7 +19,7 @@ import pandas as pd
 from data_prep.errors import UserError, unknown
 from data_prep.json_lines import read_json_lines
 from data_prep.schema import Conversation, Prompt, Speaker, Turn
-from trainer.detection.counts import Counts, Side, count_turns
+from trainer.detection.counts import Counts, Side, count_sides
 from trainer.detection.pairs import Pair
 from trainer.model.chat import Chat, ChatTurn
 from trainer.model.reply import Reply
@@ -106,11 +106,8 @@ def custom(chat: Chat, path: Path) -> list[Contrast]:
 
 def count_contrasts(backbone: Backbone, chat: Chat, contrasts: Sequence[Contrast], batch_size: int) -> Counts:
     """Expert activations on the spans; `Counts.adversarial` holds x2, `Counts.anchor` holds x1."""
-    x1, x2 = (
-        count_turns(backbone, turns, "response", batch_size, chat.padding, f"activations of {side}")
-        for side, turns in (("x1", [c.x1 for c in contrasts]), ("x2", [c.x2 for c in contrasts]))
-    )
-    return Counts(x2, x1, [layer.index for layer in backbone], [layer.num_experts for layer in backbone])
+    named = {"activations of x2": [c.x2 for c in contrasts], "activations of x1": [c.x1 for c in contrasts]}
+    return count_sides(backbone, named, "response", batch_size, chat.padding)
 
 
 def activation_table(counts: Counts) -> pd.DataFrame:

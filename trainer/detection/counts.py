@@ -7,7 +7,7 @@ Shapes: P pairs, L MoE layers, E experts, T tokens (batch x positions), K chosen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,6 +73,11 @@ class Counts:
         """The counts of the given pairs, repeats allowed (bootstrap)."""
         return Counts(self.adversarial.take(rows), self.anchor.take(rows), self.layers, self.experts)
 
+    def scored(self, scores_LE: NDArray[np.float64]) -> pd.DataFrame:
+        """`frame` with the score of every expert."""
+        scores = np.concatenate([scores_LE[i, :n] for i, n in enumerate(self.experts)])
+        return self.frame().assign(score=scores)
+
     def frame(self) -> pd.DataFrame:
         """Rows of `activations.parquet`: a active, d not active; 1 adversarial, 2 anchor (SteerMoE's names)."""
         a1_LE, a2_LE = self.adversarial.active(), self.anchor.active()
@@ -97,12 +102,18 @@ def count_activations(
     """Count expert activations of every pair on the tokens named by `tokens`."""
     adversarial = [chat.encode(p.adversarial_prompt, p.adversarial_reply) for p in pairs]
     anchor = [chat.encode(p.goal.conversation, p.anchor_reply) for p in pairs]
-    return Counts(
-        count_turns(backbone, adversarial, tokens, batch_size, chat.padding, "adversarial activations"),
-        count_turns(backbone, anchor, tokens, batch_size, chat.padding, "anchor activations"),
-        [layer.index for layer in backbone],
-        [layer.num_experts for layer in backbone],
+    named = {"adversarial activations": adversarial, "anchor activations": anchor}
+    return count_sides(backbone, named, tokens, batch_size, chat.padding)
+
+
+def count_sides(
+    backbone: Backbone, named: Mapping[str, Sequence[ChatTurn]], tokens: Tokens, batch_size: int, padding: int
+) -> Counts:
+    """Count two kinds of turns: label of the progress bar -> turns, adversarial ones first, then anchors."""
+    adversarial, anchor = (
+        count_turns(backbone, turns, tokens, batch_size, padding, label) for label, turns in named.items()
     )
+    return Counts(adversarial, anchor, [layer.index for layer in backbone], [layer.num_experts for layer in backbone])
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ import torch
 
 from data_prep.errors import UserError
 from data_prep.schema import Prompt
-from trainer.detection.counts import Counts, count_turns
+from trainer.detection.counts import count_sides
 from trainer.detection.residual import last_token_states
 from trainer.detection.scores import score
 from trainer.detection.support import ranked_experts, support
@@ -31,7 +31,6 @@ from trainer.moe.writers import KINDS, Kind, Writer, find_writers
 from trainer.pipeline.experiment import Experiment
 from trainer.pipeline.measure import shown
 from trainer.recipe.schema import Recipe
-from trainer.recipe.sections import RepliesSection
 from trainer.reporting.curves import save_robustness
 from trainer.run.folder import model_of
 from trainer.runtime.console import is_main_process, say, table
@@ -139,7 +138,7 @@ def _supports(
 
 def _refusals(experiment: Experiment[Any]) -> _Refusals:
     """From training prompts asked plainly."""
-    chat, backbone, section = experiment.chat, experiment.backbone, _asked(experiment)
+    chat, backbone, section = experiment.chat, experiment.backbone, experiment.recipe.evaluate
     groups = {}
     for kind, wanted in (("harmful", "refused"), ("benign", "complied")):
         asked = [prompt.conversation for prompt in getattr(experiment.corpus, kind).train[:128]]
@@ -158,28 +157,18 @@ def _refusals(experiment: Experiment[Any]) -> _Refusals:
     ]
     difference_LD = torch.from_numpy(states[0].mean(0) - states[1].mean(0)).double()
     unit_LD = (difference_LD / difference_LD.norm(dim=-1, keepdim=True)).float()
-    sides = [
-        count_turns(
-            backbone, [chat.encode(*turn) for turn in kept], "both", section.batch_size, chat.padding, "audit: experts"
-        )
-        for kept in groups.values()
-    ]
-    counts = Counts(sides[0], sides[1], [layer.index for layer in backbone], [layer.num_experts for layer in backbone])
+    turns = {f"audit: experts, {kind}": [chat.encode(*turn) for turn in kept] for kind, kept in groups.items()}
+    counts = count_sides(backbone, turns, "both", section.batch_size, chat.padding)
     ranked = ranked_experts(score(counts, "aad", "token"), counts.experts, counts.layers)
     return _Refusals(dict(enumerate(unit_LD)), ranked)
 
 
 def _rate(experiment: Experiment[Any], prompts: Sequence[Prompt], figure: str) -> dict[str, Any]:
     asked = [prompt.conversation for prompt in prompts]
-    verdicts = experiment.judge(asked, experiment.ask(asked, f"audit: {figure}", section=_asked(experiment)))
+    verdicts = experiment.judge(asked, experiment.ask(asked, f"audit: {figure}", section=experiment.recipe.evaluate))
     rate = metrics.refusal if figure == "harmful_refusal" else metrics.compliance
     clusters = Clusters([prompt.id for prompt in prompts], [None] * len(prompts))
     return rate(verdicts, name=figure, clusters=clusters).as_dict()
-
-
-def _asked(experiment: Experiment[Any]) -> RepliesSection:
-    evaluate = experiment.recipe.evaluate
-    return RepliesSection(max_new_tokens=evaluate.max_new_tokens, batch_size=evaluate.batch_size)
 
 
 def _show(points: Sequence[Point]) -> None:

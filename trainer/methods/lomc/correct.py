@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 from trainer.evaluation.reply_kl import reply_kl
-from trainer.methods.lomc.groups import Asked, Groups
+from trainer.methods.lomc.groups import Asked, Groups, Halves
 from trainer.methods.lomc.identify import Directions, Located, everywhere, units_of
 from trainer.methods.lomc.recipe import LomcRecipe
+from trainer.moe.backbone import Backbone
 from trainer.moe.rank_one import Correction, Extent, Unit, corrected
-from trainer.moe.writers import KINDS, Kind, find_writers
+from trainer.moe.writers import KINDS, Kind, Writer
 from trainer.pipeline.experiment import Experiment, JsonFile, Step
 from trainer.runtime.console import say
 
@@ -23,13 +24,23 @@ KL_TURNS = 64
 
 @dataclass(frozen=True)
 class Edit:
-    """What is corrected: units, and along what. `directions` None: whole units are damped."""
+    """What is corrected: units of the model's writers, and along what. `directions` None: whole units are damped."""
 
+    writers: list[Writer]
     units: tuple[Unit, ...]
     directions: Directions | None
 
+    @classmethod
+    def of(cls, located: Located) -> Edit:
+        """The recipe's own: the several directions in the support."""
+        return cls(located.writers, located.units, located.several)
+
     def at(self, strength: float) -> Correction:
         return Correction(self.units, self.directions, strength)
+
+    def within(self, backbone: Backbone, strength: float) -> AbstractContextManager[Extent]:
+        """A model under the edit, inside (`corrected`)."""
+        return corrected(backbone, self.writers, [self.at(strength)])
 
 
 @dataclass(frozen=True)
@@ -54,14 +65,11 @@ def chosen(experiment: Experiment[LomcRecipe], edit: Edit, held: Groups) -> tupl
     return (None if best is None else best.strength), tried
 
 
-def search(experiment: Experiment[LomcRecipe], located: Step[Located], grouped: Step[Groups]) -> Step[dict[str, Any]]:
+def search(experiment: Experiment[LomcRecipe], located: Step[Located], grouped: Step[Halves]) -> Step[dict[str, Any]]:
     """`chosen` for the recipe's support: {"strength", "tried"}."""
-    recipe = experiment.recipe
 
     def make() -> dict[str, Any]:
-        _, held = grouped.value.halves(recipe.correct.held_out, recipe.run.seed)
-        edit = Edit(located.value.units, located.value.several)
-        strength, tried = chosen(experiment, edit, held)
+        strength, tried = chosen(experiment, Edit.of(located.value), grouped.value.held)
         return {"strength": strength, "tried": [asdict(one) for one in tried]}
 
     kept = JsonFile(experiment.folder / "strength.json")
@@ -76,32 +84,22 @@ def search(experiment: Experiment[LomcRecipe], located: Step[Located], grouped: 
     return step
 
 
-@contextmanager
-def under(experiment: Experiment[LomcRecipe], edit: Edit, strength: float) -> Iterator[Extent]:
-    """The experiment's model under an edit, inside."""
-    writers = find_writers(experiment.backbone)
-    with corrected(experiment.backbone, writers, [edit.at(strength)]) as extent:
-        yield extent
-
-
 def ablation(
-    experiment: Experiment[LomcRecipe], located: Step[Located], grouped: Step[Groups], after: Sequence[Step[Any]]
+    experiment: Experiment[LomcRecipe], located: Step[Located], grouped: Step[Halves], after: Sequence[Step[Any]]
 ) -> dict[str, Any]:
     """Other edits under the same budget, each at the strength that it does best with: figures of the whole suite.
 
     `support_alone`: no direction, the support's output is damped. `one_direction`: in the support. `everywhere`: one
     direction in every writer of every layer. `kinds_...`: the several directions in other kinds of writers.
     """
-    recipe = experiment.recipe
 
     def make() -> dict[str, Any]:
-        _, held = grouped.value.halves(recipe.correct.held_out, recipe.run.seed)
-        found = {}
+        held, found = grouped.value.held, {}
         for name, edit in _variants(experiment, located.value).items():
             strength, tried = chosen(experiment, edit, held)
             # Where no strength stays within the bounds, the one that refuses least shows what it would cost.
             shown = strength if strength is not None else min(tried[1:], key=lambda one: one.over_refusal).strength
-            with under(experiment, edit, shown) as extent:
+            with edit.within(experiment.backbone, shown) as extent:
                 metrics = experiment.suite.measure(
                     experiment.model, experiment.chat, label=f"ablation: {name}"
                 ).metrics
@@ -120,11 +118,11 @@ def ablation(
 
 
 def _variants(experiment: Experiment[LomcRecipe], located: Located) -> dict[str, Edit]:
-    writers = find_writers(experiment.backbone)
+    writers, plain = located.writers, located.plain
     variants = {
-        "support_alone": Edit(located.units, None),
-        "one_direction": Edit(tuple(unit for unit in located.units if unit.layer in located.plain), located.plain),
-        "everywhere": Edit(everywhere(writers, experiment.backbone, located.plain), located.plain),
+        "support_alone": Edit(writers, located.units, None),
+        "one_direction": Edit(writers, tuple(unit for unit in located.units if unit.layer in plain), plain),
+        "everywhere": Edit(writers, everywhere(writers, experiment.backbone, plain), plain),
     }
     present = [kind for kind in KINDS if any(writer.kind == kind for writer in writers)]
     combinations: list[list[Kind]] = [[kind] for kind in present] + ([present] if len(present) > 1 else [])
@@ -132,14 +130,14 @@ def _variants(experiment: Experiment[LomcRecipe], located: Located) -> dict[str,
         if set(kinds) != set(experiment.recipe.detect.kinds):
             units = units_of(experiment, located, kinds)
             if units:
-                variants["kinds_" + "_".join(kinds)] = Edit(units, located.several)
+                variants["kinds_" + "_".join(kinds)] = Edit(writers, units, located.several)
     return variants
 
 
 def _tried(experiment: Experiment[LomcRecipe], edit: Edit, held: Groups, strength: float) -> Tried:
     recipe = experiment.recipe
     borderline = [one for one in (*held.wrong, *held.right) if one.prompt.kind == "borderline"] or held.wrong
-    with under(experiment, edit, strength):
+    with edit.within(experiment.backbone, strength):
         over = _refused(experiment, borderline, f"strength {strength:g}: harmless")
         harmful = _refused(experiment, held.harmful, f"strength {strength:g}: harmful")
     kl = benign_kl(experiment, edit, strength, held.right)
@@ -160,8 +158,7 @@ def benign_kl(experiment: Experiment[LomcRecipe], edit: Edit, strength: float, r
     """KL of the edited to the original model on its own replies to harmless prompts, nats per token."""
     chat = experiment.chat
     turns = [chat.encode(one.prompt.conversation, one.reply) for one in right[:KL_TURNS] if one.reply is not None]
-    writers = find_writers(experiment.backbone)
-    edited = partial(corrected, experiment.backbone, writers, [edit.at(strength)])
+    edited = partial(edit.within, experiment.backbone, strength)
     return reply_kl(experiment.backbone, chat, turns, edited, experiment.recipe.detect.batch_size)
 
 

@@ -37,14 +37,23 @@ class Groups:
     right: list[Asked]
     harmful: list[Asked]
 
-    def halves(self, held_out: float, seed: int) -> tuple[Groups, Groups]:
-        """Those that directions are fitted on, and those that are held out; at least one wrong one on either side."""
-        halves = [_halves(group, held_out, seed) for group in (self.wrong, self.right, self.harmful)]
-        return Groups(*(fitted for fitted, _ in halves)), Groups(*(held for _, held in halves))
+
+@dataclass(frozen=True)
+class Halves:
+    """`fitted`: prompts that directions are fitted on. `held`: held out, to choose by. Either has every kind."""
+
+    fitted: Groups
+    held: Groups
+
+    @classmethod
+    def of(cls, found: Groups, held_out: float, seed: int) -> Halves:
+        """`held_out`: share of every group."""
+        halves = [_halves(group, held_out, seed) for group in (found.wrong, found.right, found.harmful)]
+        return cls(Groups(*(fitted for fitted, _ in halves)), Groups(*(held for _, held in halves)))
 
 
-def groups(experiment: Experiment[LomcRecipe]) -> Step[Groups]:
-    """Every kind of training prompt, asked plainly.
+def groups(experiment: Experiment[LomcRecipe]) -> Step[Halves]:
+    """Every kind of training prompt, asked plainly; the halves are drawn anew whenever they are read.
 
     Raises:
         UserError: nothing to correct (no harmless prompt, or a single one, is refused), or nothing to keep.
@@ -68,13 +77,14 @@ def groups(experiment: Experiment[LomcRecipe]) -> Step[Groups]:
     def write(asked: list[Asked]) -> None:
         atomic_write(path, "".join(json.dumps(_record(one)) + "\n" for one in asked))
 
-    def read() -> Groups:
+    def read() -> Halves:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         asked = [
             Asked(prompt, row["verdict"], Reply.of_record(row) if "answer" in row else None)
             for prompt, row in zip(prompts, rows, strict=True)
         ]
-        return _grouped(asked)
+        recipe = experiment.recipe
+        return Halves.of(_grouped(asked), recipe.correct.held_out, recipe.run.seed)
 
     reads = ["detect.max_prompts", "detect.max_new_tokens", "evaluate.judge", "evaluate.refusal_markers"]
     return experiment.step("groups", make, Kept(write, lambda: [path], read), reads=reads)

@@ -15,21 +15,21 @@ from torch import Tensor
 
 from data_prep.errors import UserError
 from trainer.detection import prototypes
-from trainer.detection.counts import Counts, count_turns
+from trainer.detection.counts import Counts, count_sides
 from trainer.detection.prototypes import LayerDirection, best_number, layer_directions
 from trainer.detection.residual import last_token_states
 from trainer.detection.scores import score
 from trainer.detection.selection import resolve_k
 from trainer.detection.support import ranked_experts, support
-from trainer.methods.lomc.groups import Asked, Groups
+from trainer.methods.lomc.groups import Asked, Groups, Halves
 from trainer.methods.lomc.recipe import LomcRecipe
 from trainer.moe.expert_set import ExpertSet, Member
 from trainer.moe.rank_one import Unit
 from trainer.moe.writers import KINDS, Kind, Writer, find_writers
+from trainer.pipeline.detected import FILES, write_detected
 from trainer.pipeline.experiment import Experiment, Kept, Step
-from trainer.reporting import plots
 from trainer.runtime.console import say
-from trainer.runtime.files import atomic_write, replacing, save_tensors
+from trainer.runtime.files import atomic_write, save_tensors
 
 Directions = dict[int, Tensor]
 """Decoder layer -> unit vector [D]."""
@@ -38,17 +38,19 @@ Directions = dict[int, Tensor]
 @dataclass(frozen=True)
 class Located:
     """`several`: the aggregated direction of each layer; `plain`: the plain difference of means, orthogonalised.
-    `ranked`: (decoder layer, expert), best first. `units`: the support. `about`: for the report.
+    `ranked`: (decoder layer, expert), best first. `units`: the support. `writers`: all that the model has.
+    `about`: for the report.
     """
 
     several: Directions
     plain: Directions
     ranked: list[tuple[int, int]]
     units: tuple[Unit, ...]
+    writers: list[Writer]
     about: dict[str, Any]
 
 
-def identify(experiment: Experiment[LomcRecipe], grouped: Step[Groups]) -> Step[Located]:
+def identify(experiment: Experiment[LomcRecipe], grouped: Step[Halves]) -> Step[Located]:
     """Directions and support, from the half of the prompts that nothing is held out of.
 
     Raises:
@@ -58,21 +60,22 @@ def identify(experiment: Experiment[LomcRecipe], grouped: Step[Groups]) -> Step[
     recipe, backbone = experiment.recipe, experiment.backbone
     section = recipe.detect
     k = resolve_k(section.top_k, backbone.total_experts, None, len(backbone))
-    names = ("directions.safetensors", "support.json", "expert_set.json", "activations.parquet", "expert_set.png")
-    tensors, about, expert_set, activations, heat_map = files = [experiment.folder / name for name in names]
+    names = ("directions.safetensors", "support.json", *FILES)
+    tensors, about, *_ = files = [experiment.folder / name for name in names]
+    writers = find_writers(backbone)
 
     def make() -> tuple[Located, Counts, NDArray[np.float64]]:
-        fitted, held = grouped.value.halves(recipe.correct.held_out, recipe.run.seed)
+        fitted, held = grouped.value.fitted, grouped.value.held
         several, plain, facts = _directions(experiment, fitted, held)
         counts = _counts(experiment, fitted)
         scores_LE = score(counts, section.score, "token")
         ranked = ranked_experts(scores_LE, counts.experts, counts.layers)
-        units = support(ranked, find_writers(backbone), section.kinds, k, section.layers, several)
+        units = support(ranked, writers, section.kinds, k, section.layers, several)
         if not units:
             raise UserError(
                 f"detect.kinds: {section.kinds}: the model has no such writers in the layers of the support"
             )
-        return Located(several, plain, ranked, units, facts), counts, scores_LE
+        return Located(several, plain, ranked, units, writers, facts), counts, scores_LE
 
     def write(made: tuple[Located, Counts, NDArray[np.float64]]) -> None:
         located, counts, scores_LE = made
@@ -80,13 +83,8 @@ def identify(experiment: Experiment[LomcRecipe], grouped: Step[Groups]) -> Step[
         save_tensors(tensors, held | {f"plain.{i}": d for i, d in located.plain.items()})
         content = {"units": located.units, "ranked": located.ranked, "about": located.about}
         atomic_write(about, json.dumps(content, indent=1))
-        frame = counts.frame()
-        frame["score"] = np.concatenate([scores_LE[i, :n] for i, n in enumerate(counts.experts)])
-        with replacing(activations) as temporary:
-            frame.to_parquet(temporary, index=False)
         experts = _expert_set(experiment, located.units, counts, scores_LE)
-        atomic_write(expert_set, experts.to_json())
-        plots.save_heat_map(frame, experts.pairs, heat_map)
+        write_detected(experiment.folder, counts.scored(scores_LE), experts)
 
     def read() -> Located:
         content, held = json.loads(about.read_text(encoding="utf-8")), load_file(tensors)
@@ -96,7 +94,7 @@ def identify(experiment: Experiment[LomcRecipe], grouped: Step[Groups]) -> Step[
             found[kind][int(layer)] = direction_D
         units = tuple(Unit(*unit) for unit in content["units"])
         ranked = [(layer, expert) for layer, expert in content["ranked"]]
-        return Located(found["several"], found["plain"], ranked, units, content["about"])
+        return Located(found["several"], found["plain"], ranked, units, writers, content["about"])
 
     reads = ["detect", "correct.held_out"]
     return experiment.step("detect", make, Kept(write, lambda: files, read), reads=reads, after=[grouped])
@@ -106,7 +104,7 @@ def units_of(experiment: Experiment[LomcRecipe], located: Located, kinds: Sequen
     """The support with other kinds of writers, under the same budget."""
     section, backbone = experiment.recipe.detect, experiment.backbone
     k = resolve_k(section.top_k, backbone.total_experts, None, len(backbone))
-    return support(located.ranked, find_writers(backbone), kinds, k, section.layers, located.several)
+    return support(located.ranked, located.writers, kinds, k, section.layers, located.several)
 
 
 def everywhere(writers: Sequence[Writer], backbone: Any, directed: Directions) -> tuple[Unit, ...]:
@@ -186,12 +184,11 @@ def _counts(experiment: Experiment[LomcRecipe], fitted: Groups) -> Counts:
     """Activations on wrongly refused prompts against those on answered ones, each with the model's own reply."""
     chat, section, backbone = experiment.chat, experiment.recipe.detect, experiment.backbone
 
-    def count(asked: list[Asked], label: str) -> Any:
-        turns = [chat.encode(one.prompt.conversation, one.reply) for one in asked if one.reply is not None]
-        return count_turns(backbone, turns, section.tokens, section.batch_size, chat.padding, label)
-
-    wrong, right = count(fitted.wrong, "wrongly refused"), count(fitted.right, "answered")
-    return Counts(wrong, right, [layer.index for layer in backbone], [layer.num_experts for layer in backbone])
+    turns = {
+        label: [chat.encode(one.prompt.conversation, one.reply) for one in asked if one.reply is not None]
+        for label, asked in (("wrongly refused", fitted.wrong), ("answered", fitted.right))
+    }
+    return count_sides(backbone, turns, section.tokens, section.batch_size, chat.padding)
 
 
 def _expert_set(

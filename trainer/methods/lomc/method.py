@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from trainer.methods.lomc.correct import Edit, ablation, benign_kl, reach, search, under
+from trainer.methods.lomc.correct import Edit, ablation, benign_kl, reach, search
 from trainer.methods.lomc.groups import Groups, groups
 from trainer.methods.lomc.guard import Loss, SafetyLostError, losses
 from trainer.methods.lomc.identify import identify
@@ -29,7 +29,6 @@ from trainer.methods.lomc.report import report
 from trainer.model.load import load
 from trainer.moe.backbone import Backbone
 from trainer.moe.rank_one import correct
-from trainer.moe.writers import find_writers
 from trainer.pipeline import publish
 from trainer.pipeline.experiment import Experiment, JsonFile, Opened, Step
 from trainer.pipeline.measure import changes, measure, print_figures
@@ -48,15 +47,14 @@ class Lomc:
         located = identify(experiment, grouped)
         before = measure(experiment, "evaluate-before")
         found = search(experiment, located, grouped)
-        edit, strength = Edit(located.value.units, located.value.several), found.value["strength"]
+        edit, strength = Edit.of(located.value), found.value["strength"]
         if strength is None:
             raise SafetyLostError(
                 f"correct.strengths: none of {recipe.correct.strengths} reduces wrong refusals within max_kl "
                 f"{recipe.correct.max_kl:g} and max_loss {recipe.correct.max_loss:g} on held-out prompts "
                 f"({opened.folder / 'strength.json'}); nothing is written"
             )
-        held = grouped.value.halves(recipe.correct.held_out, recipe.run.seed)[1]
-        after, reached = _measured(experiment, edit, strength, held, [located, found, before])
+        after, reached = _measured(experiment, edit, strength, grouped.value.held, [located, found, before])
         lost = losses(from_rank_0(changes(experiment)), recipe.correct.max_loss)
         kept = all(one.within for one in lost)
         diagnostics: dict[str, Any] = {}
@@ -104,9 +102,8 @@ def _measured(
 ) -> tuple[Step[dict[str, Any]], Step[dict[str, Any]]]:
     """The figures under the correction, and how far it reached."""
     reads = ["correct", "detect"]
-    with under(experiment, edit, strength) as extent:
+    with edit.within(experiment.backbone, strength) as units:
         after = measure(experiment, "evaluate-after", before, reads=reads)
-        units = extent
     if units.unchanged:
         say(f"correct: {len(units.unchanged)} units keep their bytes: the change is smaller than their type's spacing")
 
@@ -118,7 +115,6 @@ def _measured(
 
 
 def _export(experiment: Experiment[LomcRecipe], edit: Edit, strength: float, after: Step[Any]) -> dict[str, Any]:
-    writers = find_writers(experiment.backbone)
     correction = edit.at(strength)
 
     def stock() -> Any:
@@ -126,14 +122,14 @@ def _export(experiment: Experiment[LomcRecipe], edit: Edit, strength: float, aft
         if not is_main_process():
             return None
         model = load(experiment.recipe.model, torch.device("cpu"))[0]
-        correct(Backbone.of(model), writers, correction)
+        correct(Backbone.of(model), edit.writers, correction)
         return model
 
     return publish.export_and_audit(
         experiment,
         experiment.recipe.export,
         stock,
-        correction.footprint(writers),
+        correction.footprint(edit.writers),
         [after],
         reads=["correct", "detect"],
     )

@@ -18,10 +18,10 @@ from trainer.detection.selection import resolve_k
 from trainer.methods.rasa.recipe import RasaRecipe
 from trainer.model.reply import Reply
 from trainer.moe.expert_set import ExpertSet
+from trainer.pipeline.detected import EXPERT_SET, FILES, write_detected
 from trainer.pipeline.experiment import Experiment, Kept, Step
-from trainer.reporting import plots
 from trainer.runtime.console import say
-from trainer.runtime.files import atomic_write, replacing
+from trainer.runtime.files import atomic_write
 from trainer.training.rows import Target
 
 
@@ -54,24 +54,18 @@ def identify(experiment: Experiment[RasaRecipe]) -> Step[Critical]:
     sizes = [layer.num_experts for layer in experiment.backbone]
     k = resolve_k(detect.top_k, sum(sizes), detect.per_layer_cap, len(sizes))
     wrappers = jailbreaks(experiment)
-    names = ("pairs.jsonl", "activations.parquet", "expert_set.json", "expert_set.png")
-    pairs, activations, expert_set, heat_map = files = [experiment.folder / name for name in names]
+    pairs, *_ = files = [experiment.folder / name for name in ("pairs.jsonl", *FILES)]
 
     def write(found: Found) -> None:
         atomic_write(pairs, found.pairs.jsonl())
-        frame = found.counts.frame()
-        frame["score"] = np.concatenate([found.scores_LE[i, :n] for i, n in enumerate(found.counts.experts)])
-        with replacing(activations) as temporary:
-            frame.to_parquet(temporary, index=False)
-        atomic_write(expert_set, found.experts.to_json())
-        plots.save_heat_map(frame, found.experts.pairs, heat_map)
+        write_detected(experiment.folder, found.counts.scored(found.scores_LE), found.experts)
 
     def read() -> Critical:
         goals = {goal.id: goal for goal in experiment.corpus.harmful.train}
         by_id = {wrapper.id: wrapper for wrapper in wrappers}
         refusals, kept = read_pairs(pairs)
         targets = [Target(goals[goal], by_id[wrapper], refusals[goal]) for goal, wrapper in kept]
-        return Critical(ExpertSet.load(expert_set), targets, refusals)
+        return Critical(ExpertSet.load(experiment.folder / EXPERT_SET), targets, refusals)
 
     return experiment.step(
         "detect",

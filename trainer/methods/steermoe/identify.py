@@ -10,11 +10,11 @@ from trainer.detection.ranking import Ranking, rank
 from trainer.methods.steermoe.recipe import SteermoeRecipe
 from trainer.moe.expert_set import ExpertSet, Member
 from trainer.moe.steering_file import SteeringFile
+from trainer.pipeline.detected import FILES, write_detected
 from trainer.pipeline.experiment import Experiment, Kept, Step
 from trainer.pipeline.steer import Detected, detect_experts, gate_of, selected, sizes
-from trainer.reporting import plots
 from trainer.runtime.console import say
-from trainer.runtime.files import atomic_write, replacing
+from trainer.runtime.files import atomic_write
 
 READS = (
     "detect",
@@ -43,17 +43,14 @@ def identify(experiment: Experiment[SteermoeRecipe]) -> Step[Steered]:
     Raises:
         UserError: no usable pair, a file that does not fit, fewer experts of a sign than asked for.
     """
-    names = ("pairs.jsonl", "activations.parquet", "expert_set.json", "steering.json", "expert_set.png")
-    pairs, activations, expert_set, steering_json, heat_map = files = [experiment.folder / name for name in names]
+    names = ("pairs.jsonl", "steering.json", *FILES)
+    pairs, steering_json, activations, *_ = files = [experiment.folder / name for name in names]
 
     def write(made: Found) -> None:
         found, experts, file = made
         atomic_write(pairs, found.pairs.jsonl())
-        with replacing(activations) as temporary:
-            found.table.to_parquet(temporary, index=False)
-        atomic_write(expert_set, experts.to_json())
         atomic_write(steering_json, file.to_json())
-        plots.save_heat_map(found.table, experts.pairs, heat_map)
+        write_detected(experiment.folder, found.table, experts)
 
     def read() -> Steered:
         ranking = rank(pd.read_parquet(activations), reverse=experiment.recipe.steer.reverse)
