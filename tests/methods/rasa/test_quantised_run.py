@@ -17,6 +17,7 @@ pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
 PACKED = {
     "model__quantization": "4bit",
     "repair__gradient_checkpointing": True,
+    "repair__max_steps": 6,  # every row once: on some CPUs one of the experts has no token in the first 64 of them
     "consistency__gradient_checkpointing": True,
 }
 
