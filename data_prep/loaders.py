@@ -21,6 +21,7 @@ PROMPT_COLUMNS = (
 ANSWER_COLUMNS = ("answer", "output")
 NO_TEXT = "no text"
 OTHER_SIDE = "the other label"
+OTHER_VALUE = "another value in a column of `only`"
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,20 @@ def _first(rows: list[Row], names: Iterable[str]) -> str | None:
 
 
 def load_records(source: Source) -> Usable:
-    """Any table: `source.column`, or the first known prompt column; the answer column is optional."""
+    """Any table: `source.column`, or the first known prompt column; the answer column is optional.
+
+    Of a table that holds several kinds of rows, those with the values of `source.only` alone.
+    """
     rows = read_rows(source)
     column = source.column or _first(rows, PROMPT_COLUMNS) or PROMPT_COLUMNS[0]
-    return _usable(rows, require(source, rows, column), _first(rows, (n for n in ANSWER_COLUMNS if n != column)))
+    answers = require(source, rows, source.answer) if source.answer else None
+    answers = answers or _first(rows, (n for n in ANSWER_COLUMNS if n != column))
+    wanted = [row for row in rows if all(row.cells.get(name) == value for name, value in source.only.items())]
+    for name in source.only:
+        require(source, rows, name)
+    usable = _usable(wanted, require(source, rows, column), answers)
+    usable.dropped[OTHER_VALUE] += len(rows) - len(wanted)
+    return usable
 
 
 def load_advbench(source: Source) -> Usable:

@@ -11,8 +11,8 @@ import csv
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,10 @@ _ANY_SIZE = 2**31 - 1
 
 @dataclass(frozen=True)
 class Source:
-    """What a loader reads: `kind` matters to formats that hold both sides (xstest)."""
+    """What a loader reads: `kind` matters to formats that hold both sides (xstest).
+
+    `answer`: column with the answers, where a recipe names one. `only`: column -> the value that a row must have.
+    """
 
     path: str
     kind: Kind
@@ -38,6 +41,8 @@ class Source:
     revision: str | None = None
     hub_split: str = "train"
     hub_config: str | None = None
+    answer: str | None = None
+    only: Mapping[str, bool | int | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
