@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, LoraModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
@@ -55,9 +55,14 @@ class AxisAdapters:
         self.section, self.scale = section, section.alpha / section.r
         self.model.requires_grad_(False)
         _refuse_absent(self.model, section.targets)
+        tuner: LoraModel | None = None
         for name in self.names:
             set_seed(seed)
-            inject_adapter_in_model(lora_config(section), self.model, adapter_name=name)
+            if tuner is None:
+                tuner = LoraModel(self.model, lora_config(section), name)
+            else:  # as `PeftModel.add_adapter` does
+                tuner.peft_config[name] = lora_config(section)
+                tuner.inject_adapter(self.model, name)
         self.layers: dict[str, LoraLayer] = {
             name: module for name, module in self.model.named_modules() if isinstance(module, LoraLayer)
         }

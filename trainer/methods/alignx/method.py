@@ -11,6 +11,8 @@ The paper's abstract and settings are known, its equations are not: what is our 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from transformers import PreTrainedModel
@@ -27,6 +29,7 @@ from trainer.methods.alignx.plan import planned
 from trainer.methods.alignx.recipe import AlignxRecipe
 from trainer.methods.alignx.report import report
 from trainer.methods.alignx.route import cache, head, on_test_prompts
+from trainer.methods.alignx.serve import Answered, answer
 from trainer.methods.alignx.stages import Stages
 from trainer.pipeline import publish
 from trainer.pipeline.experiment import Experiment, Opened
@@ -103,6 +106,12 @@ class Alignx:
         """Write the static merge of a run's adapters as a stock checkpoint, `<run>/model`."""
         stages, _ = _trained(opened)
         static_merge(stages.experiment, stages.adapters, opened.folder / "model")
+
+    def generate(
+        self, folder: Path, prompts: Sequence[str], mode: str | None, max_new_tokens: int, batch_size: int
+    ) -> list[Answered]:
+        """Replies of a finished run's mixture."""
+        return answer(folder, prompts, mode, max_new_tokens, batch_size)
 
     def planned(self, recipe: AlignxRecipe) -> Planned:
         return planned(recipe)

@@ -80,7 +80,11 @@ class Mixture(nn.Module):
     def route(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The weights [B, A] of the axes for left-padded prompts, fp32, as the mode uses them."""
         mask_BS = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        alpha_BA = self.head.alpha(self.views.read(input_ids, mask_BS)).to(input_ids.device)
+        return self.used(self.views.read(input_ids, mask_BS))
+
+    def used(self, features_BVD: Tensor) -> Tensor:
+        """The weights [B, A] that the mode uses for these features."""
+        alpha_BA = self.head.alpha(features_BVD).to(features_BVD.device)
         if self.mode == "top1":
             return nn.functional.one_hot(alpha_BA.argmax(-1), alpha_BA.shape[-1]).float()
         return alpha_BA

@@ -32,7 +32,7 @@ class AxisSection(Section):
     )
     judge: Literal["answer", "refused", "complied"] = Field(
         "answer",
-        description="right is a reply with the row's answer in it; or one that evaluate.judge calls refused, or complied",
+        description="right: a reply with the row's answer, or one that evaluate.judge calls refused, or complied",
     )
 
     @property
