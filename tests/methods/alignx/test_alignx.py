@@ -158,7 +158,8 @@ def test_killed_between_passes_a_run_ends_with_the_same_weights(
     """In a chain, where an adapter starts from the one before; inside a pass: test_passes."""
     from trainer.methods.alignx import stages
 
-    recipe = alignx(adapters__order="chain")
+    axes = yaml.safe_load(alignx().read_text())["axes"][:2]
+    recipe = alignx(axes=axes, adapters__order="chain", data__harmful__test="240:242")
     assert ended("detect", recipe) == 0
     whole = tmp_path / "runs" / "small"
     names = [
@@ -236,9 +237,8 @@ def test_a_prefix_that_the_chat_template_drops_is_refused(
     shutil.copytree(organism.model, model)
     template = next(path for path in model.iterdir() if path.name == "chat_template.jinja")
     text = template.read_text()
-    template.write_text(
-        text.replace("message['content'] }}{% endif", "message['content'].split('\\n')[-1] }}{% endif")
-    )
+    shown = "message['content'] }}{% endif"
+    template.write_text(text.replace(shown, shown.replace("']", "'].split('\\n')[-1]")))
     assert template.read_text() != text
     message = refused("run", alignx(model__name_or_path=str(model)))
     assert "axes.0.prefix: the chat template drops the prefix of axis 'helpful'" in message

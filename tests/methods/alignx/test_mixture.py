@@ -84,7 +84,7 @@ def test_one_hot_weights_are_that_adapter(family: str, chosen: int) -> None:
     adapters, ids_BS = adapted(family), token_ids()
     with adapters.acting(AXES[chosen]):
         tokens_BN, logits_BNV = said(adapters.model, ids_BS)
-    base_BN, base_BNV = said(adapters.model, ids_BS)
+    _, base_BNV = said(adapters.model, ids_BS)
     assert not torch.allclose(base_BNV, logits_BNV, atol=1e-2), "the adapter does something"
     head = Fixed([float(i == chosen) for i in range(3)])
     for mode in ("hidden", "weights", "top1"):
@@ -208,5 +208,5 @@ def test_features_are_the_base_and_each_adapter_at_the_last_prompt_token() -> No
         with adapters.acting(*acting), torch.no_grad():
             out = adapters.model(input_ids=ids_BS, output_hidden_states=True)
         torch.testing.assert_close(read_BVD[:, view], out.hidden_states[2][:, -1])
-    with pytest.raises(UserError, match="features.layer: found 3; the model has layers 0 to 2"):
+    with pytest.raises(UserError, match=r"features\.layer: found 3; the model has layers 0 to 2"):
         views_of(adapters, layer=3)

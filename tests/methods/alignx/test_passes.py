@@ -118,7 +118,7 @@ def test_weights_of_other_targets_or_another_rank_are_refused() -> None:
 
 
 def test_targets_that_the_model_does_not_have_are_refused() -> None:
-    with pytest.raises(UserError, match="adapters.targets: the model has no linear layer named 'query'; found:"):
+    with pytest.raises(UserError, match=r"adapters\.targets: the model has no linear layer named 'query'; found:"):
         fresh(targets=["q_proj", "query"])
 
 
