@@ -14,17 +14,17 @@ def views(seed: int = 0) -> torch.Tensor:
     return torch.nn.functional.normalize(drawn_NVK, dim=2)
 
 
-LABELS = torch.arange(ROWS) % 2
+labels_N = torch.arange(ROWS) % 2
 
 
 def test_the_geometry_is_that_of_an_experts_own_view_of_its_own_prompts() -> None:
     f_NVK, f_BVK = views(), views(1)[:5]
-    made = Fractal.of(f_NVK, LABELS, 2, 8, 0.05, 0.6)
+    made = Fractal.of(f_NVK, labels_N, 2, 8, 0.05, 0.6)
     log_d_BA = torch.stack(
         [
             log_dimension(distances(f_BVK[:, 1 + a], bank_RK), bank_scale(bank_RK, 8), 0.05)
             for a in range(2)
-            for bank_RK in [f_NVK[LABELS == a, 1 + a]]
+            for bank_RK in [f_NVK[labels_N == a, 1 + a]]
         ],
         dim=1,
     )
@@ -35,9 +35,9 @@ def test_the_geometry_is_that_of_an_experts_own_view_of_its_own_prompts() -> Non
 
 def test_prototypes_are_the_bases_view_of_an_axis() -> None:
     f_NVK, f_BVK = views(), views(1)[:5]
-    made = Natural.of(f_NVK, LABELS, 2, 0.4)
+    made = Natural.of(f_NVK, labels_N, 2, 0.4)
     for axis in range(2):
-        prototype_K = f_NVK[LABELS == axis, 0].mean(0)
+        prototype_K = f_NVK[labels_N == axis, 0].mean(0)
         expected_B = 0.4 * torch.cosine_similarity(f_BVK[:, 0], prototype_K[None], dim=1)
         assert torch.allclose(made(f_BVK)[:, axis], expected_B, atol=1e-6)
 
@@ -45,7 +45,7 @@ def test_prototypes_are_the_bases_view_of_an_axis() -> None:
 def test_a_shift_that_every_prompt_gets_is_no_signal() -> None:
     term_BA = torch.randn(20, 1, generator=torch.Generator().manual_seed(0)) + torch.tensor([[0.0, 1.0]])
     assert signal(term_BA) < 1e-6
-    made = Natural.of(views(), LABELS, 2, 0.4)
+    made = Natural.of(views(), labels_N, 2, 0.4)
     assert no_signal("natural", made, term_BA) == "the natural term is the same for every prompt"
     assert no_signal("natural", made, term_BA * torch.tensor([[1.0, -1.0]])) is None
     assert no_signal("natural", made, term_BA * float("nan")) == "the term is not finite on the bank"
