@@ -31,7 +31,7 @@ class HeadSection(Section):
     kl_weight: Weight = Field(0.01, description="weight of keeping the mean routing near the axes' shares of the rows")
     epochs: Count = Field(30, description="passes over the bank")
     batch_size: Count = Field(64, description="bank rows per step")
-    learning_rate: float = Field(1e-2, gt=0, le=10, description="of AdamW on the gate")
+    learning_rate: float = Field(3e-3, gt=0, le=10, description="of AdamW on the gate")
     weight_decay: Weight = Field(0.01, description="of AdamW on the gate")
     held_out: float = Field(
         0.4, gt=0, le=0.6, description="share of the bank that calibrates and measures the head; groups stay together"

@@ -35,9 +35,12 @@ def of_dimensions(rows: int, dimensions: tuple[int, ...] = (2, 6, 20), *, seed: 
 
 
 def constant(rows: int) -> Bank:
-    """Every prompt the same state."""
+    """Every prompt the same state, but for the last bit of its numbers, as it may come from batches of other sizes."""
     labels_N = torch.arange(rows) % len(AXES)
-    features_NVD = torch.full((rows, 1 + len(AXES), D), 0.3)
+    draw = torch.Generator().manual_seed(0)
+    state_VD = torch.randn(1 + len(AXES), D, generator=draw)
+    is_up_NVD = torch.rand(rows, 1 + len(AXES), D, generator=draw) < 0.5
+    features_NVD = torch.where(is_up_NVD, state_VD.nextafter(torch.tensor(torch.inf)), state_VD)
     return Bank(features_NVD, labels_N, _groups(rows), AXES, ABOUT)
 
 

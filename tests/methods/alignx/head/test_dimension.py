@@ -29,7 +29,7 @@ def dimensions(x_BK: Tensor, bank_NK: Tensor) -> Tensor:
 def test_line_plane_and_cube_have_dimension_1_2_and_3(dimension: int) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = 3000
-    noise = 0.1 * (NEIGHBOURS / rows) ** (1 / dimension)  # a tenth of the distance to the neighbours
+    noise = 0.05 * (NEIGHBOURS / rows) ** (1 / dimension)  # a twentieth of the distance to the neighbours
     bank_NK, others_BK = (sheet(n, dimension, noise, generator) for n in (rows, 400))
     assert float(dimensions(others_BK, bank_NK).mean()) == pytest.approx(dimension, abs=0.15)
     # Rows of the bank themselves are read the same: they are not their own neighbours.

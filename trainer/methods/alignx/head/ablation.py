@@ -26,7 +26,7 @@ def ablation(bank: Bank, section: HeadSection, seed: int) -> dict[str, Row]:
     tried = trial(bank, section, seed)
 
     def row(heads: Sequence[Tensor]) -> Row:
-        each = [calibrate(logits_NA, bank.labels_N, tried.parts, section).figures for logits_NA in heads]
+        each = [calibrate(logits_NA, bank, tried.parts, section).figures for logits_NA in heads]
         return {figure: fmean(one[figure] for one in each) for figure in each[0]}
 
     named = list(tried.calibrators)

@@ -45,7 +45,7 @@ def fit(bank: Bank, section: HeadSection, seed: int) -> Fitted:
     found = calibrators_evidence(bank, tried, section)
     chosen = [name for name, one in found.items() if one.kept]
     name = name_of(chosen)
-    calibrated = calibrate(tried.logits[name], bank.labels_N, tried.parts, section)
+    calibrated = calibrate(tried.logits[name], bank, tried.parts, section)
     if calibrated.evidence is not None:
         found["isotonic"] = calibrated.evidence
     for piece, reason in tried.dropped.items():

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from trainer.methods.alignx.head.bank import Bank
 from trainer.methods.alignx.head.calibration import Isotonic, accuracy, brier_B, ece, fit_temperature
-from trainer.methods.alignx.head.evidence import Evidence
+from trainer.methods.alignx.head.evidence import Evidence, gain
 from trainer.methods.alignx.head.split import Parts
 from trainer.methods.alignx.head_section import HeadSection
 
@@ -30,14 +31,17 @@ class Calibrated:
     evidence: Evidence | None
 
 
-def calibrate(logits_NA: Tensor, labels_N: Tensor, parts: Parts, section: HeadSection) -> Calibrated:
-    """Temperature and maps. Under auto, maps are kept where they lower the calibration error and cost no Brier."""
-    held_R, labels_R = parts.held_R, labels_N[parts.held_R]
+def calibrate(logits_NA: Tensor, bank: Bank, parts: Parts, section: HeadSection) -> Calibrated:
+    """Temperature and maps. Under auto, maps are kept where they lower the calibration error, unless the Brier score,
+    which also counts how well axes are told apart, is shown to suffer."""
+    labels_N, held_R = bank.labels_N, parts.held_R
+    labels_R = labels_N[held_R]
     plain_RA = cross_fitted(logits_NA, labels_N, parts, section, isotonic=False)
     after_RA, evidence = plain_RA, None
     if section.isotonic != "off":
         mapped_RA = cross_fitted(logits_NA, labels_N, parts, section, isotonic=True)
-        evidence = _maps(plain_RA, mapped_RA, labels_R, section)
+        groups_R = [bank.groups_N[row] for row in held_R.tolist()]
+        evidence = _maps(plain_RA, mapped_RA, labels_R, groups_R, section)
         after_RA = mapped_RA if evidence.kept else plain_RA
     tau = fit_temperature(logits_NA[held_R], labels_R) if section.temperature else 1.0
     isotonic = None
@@ -80,12 +84,15 @@ def losses_R(logits_NA: Tensor, labels_N: Tensor, parts: Parts) -> Tensor:
     )
 
 
-def _maps(plain_RA: Tensor, mapped_RA: Tensor, labels_R: Tensor, section: HeadSection) -> Evidence:
+def _maps(
+    plain_RA: Tensor, mapped_RA: Tensor, labels_R: Tensor, groups_R: list[str], section: HeadSection
+) -> Evidence:
     eces = ece(plain_RA, labels_R), ece(mapped_RA, labels_R)
-    briers = [float(brier_B(alpha_RA, labels_R).mean()) for alpha_RA in (plain_RA, mapped_RA)]
-    earned = eces[1] < eces[0] and briers[1] <= briers[0]
+    brier = gain(brier_B(plain_RA, labels_R), brier_B(mapped_RA, labels_R), groups_R)
+    earned = eces[1] < eces[0] and brier.high >= 0
     reason = (
-        f"with maps the held-out calibration error goes from {eces[0]:.4f} to {eces[1]:.4f}, Brier from "
-        f"{briers[0]:.4f} to {briers[1]:.4f}"
+        f"with maps the held-out calibration error goes from {eces[0]:.4f} to {eces[1]:.4f}, and the Brier score "
+        f"falls by {brier.mean:.4f} [{brier.low:.4f}, {brier.high:.4f}]"
     )
-    return Evidence(earned if section.isotonic == "auto" else True, reason, {})
+    gains = {"Brier, temperature alone": (brier.mean, brier.low, brier.high)}
+    return Evidence(earned if section.isotonic == "auto" else True, reason, gains)
