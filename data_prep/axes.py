@@ -15,7 +15,7 @@ from .sources import Part, source_part
 
 @dataclass(frozen=True)
 class AxisRows:
-    """Prompts of one axis. Every training prompt has an answer; where `needs_answer`, every test prompt too."""
+    """Prompts of one axis. Every training prompt has an answer, and every test prompt that is judged by one."""
 
     name: str
     train: list[Prompt]
@@ -44,10 +44,9 @@ def load_axes(
     parts = []
     for number, (name, source) in enumerate(sources.items()):
         key = f"axes.{number}.data"
-        if source.only and source.format != "records":
-            raise UserError(f"{key}.only: read with format records alone, found {source.format!r}")
-        if source.answer is not None and source.format != "records":
-            raise UserError(f"{key}.answer: read with format records alone, found {source.format!r}")
+        for name_of_key in ("answer", "wrong", "only"):
+            if getattr(source, name_of_key) and source.format != "records":
+                raise UserError(f"{key}.{name_of_key}: read with format records alone, found {source.format!r}")
         if source.train == 0:
             raise UserError(f"{key}.train: found 0; allowed: 1 or more rows as a count or a slice: an axis is trained")
         part = source_part("capability", source, seed, key)

@@ -75,6 +75,9 @@ class AxisSource(SourceConfig):
     """Prompts of one axis with the answers that are right there. Rows with one text never stand on both sides."""
 
     answer: str | None = Field(None, min_length=1, description="Column with the answer; null: as the format says.")
+    wrong: str | None = Field(
+        None, min_length=1, description="Column with answers that are not right, a text or a list; `records`."
+    )
     only: dict[str, bool | int | str] = Field(
         default_factory=dict, description="Column -> value that a row must have, such as {is_safe: true}; `records`."
     )

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from .cells import asked_in, text_of
+from .cells import asked_in, text_of, texts_of
 from .errors import UserError, unknown
 from .schema import Conversation
 from .tables import Row, Source, columns, no_column, read_rows
@@ -26,10 +26,11 @@ OTHER_VALUE = "another value in a column of `only`"
 
 @dataclass(frozen=True)
 class Loaded:
-    """One usable row: the prompt and, where the file has it, its answer."""
+    """One usable row: the prompt and, where the file has them, its answer and answers that are not right."""
 
     conversation: Conversation
     answer: str | None = None
+    wrong: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -53,7 +54,7 @@ def require(source: Source, rows: list[Row], column: str) -> str:
     return column
 
 
-def _usable(rows: Iterable[Row], column: str, answers: str | None = None) -> Usable:
+def _usable(rows: Iterable[Row], column: str, answers: str | None = None, wrong: str | None = None) -> Usable:
     usable = Usable()
     for row in rows:
         asked, answer = asked_in(row, column), text_of(row, answers) if answers else ""
@@ -62,7 +63,7 @@ def _usable(rows: Iterable[Row], column: str, answers: str | None = None) -> Usa
             continue
         if answer and asked.answer and answer != asked.answer:
             raise UserError(f"{row.where}: column {answers!r} and the last turn give two answers; expected one")
-        usable.append(Loaded(asked.conversation, answer or asked.answer))
+        usable.append(Loaded(asked.conversation, answer or asked.answer, texts_of(row, wrong) if wrong else ()))
     return usable
 
 
@@ -83,7 +84,8 @@ def load_records(source: Source) -> Usable:
     wanted = [row for row in rows if all(row.cells.get(name) == value for name, value in source.only.items())]
     for name in source.only:
         require(source, rows, name)
-    usable = _usable(wanted, require(source, rows, column), answers)
+    wrong = require(source, rows, source.wrong) if source.wrong else None
+    usable = _usable(wanted, require(source, rows, column), answers, wrong)
     usable.dropped[OTHER_VALUE] += len(rows) - len(wanted)
     return usable
 

@@ -42,7 +42,7 @@ def source_part(kind: Kind, config: SourceConfig, seed: int, key: str | None = N
 
     def read(path: str) -> Usable:
         at = (config.revision, config.hub_split, config.hub_config)
-        own = (config.answer, config.only) if isinstance(config, AxisSource) else ()
+        own = (config.answer, config.wrong, config.only) if isinstance(config, AxisSource) else ()
         return load(config.format, Source(path, kind, config.column, *at, *own))
 
     test_path = config.test_path or config.path
@@ -159,4 +159,4 @@ def _take(rows: list[Loaded], wanted: int | str, used: set[int], rng: random.Ran
 
 
 def _prompts(source: str, rows: list[Indexed], kind: Kind) -> list[Prompt]:
-    return [Prompt(f"{source}:{i}", row.conversation, kind, row.answer) for i, row in rows]
+    return [Prompt(f"{source}:{i}", row.conversation, kind, row.answer, row.wrong) for i, row in rows]

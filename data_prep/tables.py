@@ -32,7 +32,8 @@ _ANY_SIZE = 2**31 - 1
 class Source:
     """What a loader reads: `kind` matters to formats that hold both sides (xstest).
 
-    `answer`: column with the answers, where a recipe names one. `only`: column -> the value that a row must have.
+    `answer`: column with the answers, where a recipe names one; `wrong`: with answers that are not right. `only`:
+    column -> the value that a row must have.
     """
 
     path: str
@@ -42,6 +43,7 @@ class Source:
     hub_split: str = "train"
     hub_config: str | None = None
     answer: str | None = None
+    wrong: str | None = None
     only: Mapping[str, bool | int | str] = field(default_factory=dict)
 
 

@@ -55,7 +55,9 @@ def axes_of(experiment: Experiment[AlignxRecipe]) -> list[Axis]:
     tested = [*corpus.harmful.test, *corpus.benign.test, *corpus.borderline.test]
     tested += [prompt for task in corpus.tasks for prompt in task.prompts]
     sources = {axis.name: axis.data for axis in recipe.axes}
-    loaded = load_axes(sources, {axis.name: axis.judge == "answer" for axis in recipe.axes}, tested, recipe.run.seed)
+    loaded = load_axes(
+        sources, {axis.name: axis.judge in ("answer", "closer") for axis in recipe.axes}, tested, recipe.run.seed
+    )
     table("axes", RowCount.COLUMNS, (count.cells() for count in loaded.rows))
     for note in loaded.notes:
         say(note)

@@ -38,7 +38,6 @@ class Compared:
 
     baselines: dict[str, dict[str, Any]] = field(default_factory=dict)
     head: dict[str, Any] = field(default_factory=dict)
-    cost: dict[str, Any] = field(default_factory=dict)
 
 
 def compare(stages: Stages, views: Views, cached: Step[Cached], routed: Step[MoCaE]) -> Compared:

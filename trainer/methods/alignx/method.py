@@ -21,6 +21,7 @@ from data_prep.errors import UserError
 from trainer.engines.table import names as engine_names
 from trainer.methods.alignx.axes import axes_of
 from trainer.methods.alignx.compare import Compared, compare
+from trainer.methods.alignx.costs import costs
 from trainer.methods.alignx.deliver import deliver, static_merge
 from trainer.methods.alignx.evaluate import drops, mean_rate, measure_axes
 from trainer.methods.alignx.features import Views
@@ -81,7 +82,7 @@ class Alignx:
                     "after": {"base": base.value["rates"], **of_passes},
                     "lost": drops(of_passes, base.value["rates"], last),
                 },
-                "cost": compared.cost,
+                "cost": costs(stages, views, routed) if recipe.evaluate.cost else {},
             },
         }
         publish.publish(experiment, evaluation, report, lambda written: _print_summary(written, recipe))

@@ -30,9 +30,10 @@ class AxisSection(Section):
     prefix: str | None = Field(
         None, min_length=1, description="text before the prompts of the injected pass; null: a sentence with the name"
     )
-    judge: Literal["answer", "refused", "complied"] = Field(
+    judge: Literal["answer", "closer", "refused", "complied"] = Field(
         "answer",
-        description="right: a reply with the row's answer, or one that evaluate.judge calls refused, or complied",
+        description="right: a reply that holds the row's answer; that is closer to it than to `data.wrong`; or that "
+        "evaluate.judge calls refused, or complied",
     )
 
     @property
@@ -44,6 +45,8 @@ class AxisSection(Section):
     def _says_something(self) -> AxisSection:
         if self.prefix is not None and not self.prefix.strip():
             raise at_key("prefix", f"found {self.prefix!r}, expected a text, or null for the default")
+        if self.judge == "closer" and self.data.wrong is None:
+            raise at_key("data.wrong", "missing, and judge closer compares with it; expected a column")
         return self
 
 
@@ -98,6 +101,9 @@ class InferenceSection(Section):
 
 class AlignxEvaluateSection(EvaluateSection):
     baselines: bool = Field(True, description="also train and measure joint SFT, and measure merges and head variants")
+    cost: bool = Field(
+        False, description="also time every mode beside the base and a mixture of three MLPs, which is built for it"
+    )
 
 
 class AlignxRecipe(Recipe):

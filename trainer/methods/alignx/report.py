@@ -15,7 +15,7 @@ def report(run: Artefacts) -> MethodReport:
         return MethodReport("axes")
     sections = [_axes(found), _router(found["router"]), _forgetting(found["forgetting"])]
     if found["cost"]:
-        sections.append(MethodSection("cost-of-mixing", "Cost of the mixture", _facts(found["cost"])))
+        sections.append(_cost(found["cost"]))
     axes = ", ".join(found["axes"])
     edited = f"Nothing: an adapter was trained for each of {axes}, and a head that mixes them"
     return MethodReport("axes", sections, edited, _cautions(found))
@@ -70,8 +70,15 @@ def _shown(rate: dict[str, Any]) -> str:
     return f"{rate['rate']:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def _facts(found: dict[str, Any]) -> Facts:
-    return [
-        (name.replace("_", " "), f"{value:.3g}" if isinstance(value, float) else str(value))
-        for name, value in found.items()
+def _cost(found: dict[str, Any]) -> MethodSection:
+    rows = [
+        [
+            name.replace("_", " "),
+            f"{one['latency']:.2f}",
+            f"{one['parameters']:.2f}",
+            "" if one["peak"] is None else f"{one['peak']:.2f}",
+        ]
+        for name, one in found.items()
     ]
+    columns = ["way to answer", "time, of the base's", "parameters, of the base's", "peak memory, of the base's"]
+    return MethodSection("cost-of-mixing", "Cost of an answer", columns=columns, rows=rows)
