@@ -45,12 +45,12 @@ def built(family: str) -> PreTrainedModel:
     return LlamaForCausalLM(config).eval()
 
 
-def adapted(family: str = "olmoe", names: tuple[str, ...] = AXES) -> AxisAdapters:
+def adapted(family: str = "olmoe") -> AxisAdapters:
     """Adapters that do something: B is zero when PEFT makes it."""
     backbone = Backbone.of(built(family), takes_dense=True).check()
-    adapters = AxisAdapters(backbone, names, AdaptersSection(r=4, alpha=8, dropout=0.0, targets=TARGETS), seed=0)
+    adapters = AxisAdapters(backbone, AXES, AdaptersSection(r=4, alpha=8, dropout=0.0, targets=TARGETS), seed=0)
     draw = torch.Generator().manual_seed(1)
-    for name in names:
+    for name in AXES:
         for parameter in adapters.parameters(name).values():
             parameter.data.normal_(0, 0.3, generator=draw)
     return adapters
@@ -80,8 +80,12 @@ def said(model: Any, ids_BS: Tensor, mask_BS: Tensor | None = None, **more: Any)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("chosen", range(3))
 def test_one_hot_weights_are_that_adapter(family: str, chosen: int) -> None:
-    """Bit for bit in `hidden`, within 1e-6 of the logits' size in `weights` and `top1`."""
+    """Bit for bit in `hidden`, within 1e-6 of the logits' size in `weights` and `top1`.
+
+    The random gpt_oss makes ten times as much of rounding: sums in another order differ by that much there.
+    """
     adapters, ids_BS = adapted(family), token_ids()
+    tolerance = 1e-5 if family == "gpt_oss" else 1e-6
     with adapters.acting(AXES[chosen]):
         tokens_BN, logits_BNV = said(adapters.model, ids_BS)
     _, base_BNV = said(adapters.model, ids_BS)
@@ -93,7 +97,7 @@ def test_one_hot_weights_are_that_adapter(family: str, chosen: int) -> None:
         if mode == "hidden":
             assert torch.equal(mixed_BNV, logits_BNV)
         else:
-            torch.testing.assert_close(mixed_BNV, logits_BNV, rtol=0, atol=1e-6 * float(logits_BNV.abs().max()))
+            torch.testing.assert_close(mixed_BNV, logits_BNV, rtol=0, atol=tolerance * float(logits_BNV.abs().max()))
 
 
 def test_hidden_is_the_sum_of_the_last_hidden_states_by_weight() -> None:

@@ -1,21 +1,22 @@
 """One LoRA adapter per axis in one model: which of them act, with what weight, and the one that trains.
 
 PEFT's layers hold all adapters side by side. Which of them act is set layer by layer without touching gradients, since
-PEFT's own `set_adapter` and `enable_adapters` turn the gradients of what they activate on again. A weight per row of
-the batch is put where PEFT keeps an adapter's scale, as a tensor [B, 1, 1]: exact, and it needs no `adapter_names`,
-which PEFT refuses for models with fused expert tensors.
+PEFT's own `set_adapter` and `enable_adapters` turn the gradients of what they activate on again. With a weight for
+each row of the batch, the adapters of a layer are computed as one of rank A x r whose inner units are weighed row by
+row: exact, two small products whatever A is, and without `adapter_names`, which PEFT refuses for fused experts.
 
-Shapes: B rows, A adapters that act.
+Shapes: B rows, S positions, A adapters that act, I and O inputs and outputs of a layer, R = A x r.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, LoraModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -56,19 +57,21 @@ class AxisAdapters:
         self.model.requires_grad_(False)
         _refuse_absent(self.model, section.targets)
         tuner: LoraModel | None = None
+        on_meta = self.model.device.type == "meta"  # a planner's, whose adapters must hold no bytes either
         for name in self.names:
             set_seed(seed)
             if tuner is None:
-                tuner = LoraModel(self.model, lora_config(section), name)
+                tuner = LoraModel(self.model, lora_config(section), name, low_cpu_mem_usage=on_meta)
             else:  # as `PeftModel.add_adapter` does
                 tuner.peft_config[name] = lora_config(section)
-                tuner.inject_adapter(self.model, name)
+                tuner.inject_adapter(self.model, name, low_cpu_mem_usage=on_meta)
         self.layers: dict[str, LoraLayer] = {
             name: module for name, module in self.model.named_modules() if isinstance(module, LoraLayer)
         }
         for name in self.names:
             for parameter in self.parameters(name).values():
-                parameter.data = parameter.data.float()  # 16-bit weights swallow small updates
+                # 16-bit weights swallow small updates.
+                parameter.data = parameter.data.to(torch.promote_types(self.model.dtype, torch.float32))
         self._act(())
 
     # --- what acts --------------------------------------------------------------------------------
@@ -89,36 +92,18 @@ class AxisAdapters:
 
     @contextmanager
     def weighted(self, alpha_BA: Tensor) -> Iterator[None]:
-        """Compute with all adapters of the first columns' number, every row of the batch at its own weights [B, A].
+        """Compute with the first A adapters added, every row of the batch at its own weights [B, A].
 
         A forward pass of more rows (samples or beams of each prompt, side by side) gives each its prompt's weights.
         """
         names = self.names[: alpha_BA.shape[1]]
-        former = self._acting
-        rows = [-1]
-
-        def scale(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = kwargs.get("input_ids", args[0] if args else None)
-            given = kwargs.get("inputs_embeds") if given is None else given
-            assert given is not None
-            if given.shape[0] == rows[0]:
-                return
-            rows[0] = given.shape[0]
-            weights_BA = alpha_BA.repeat_interleave(rows[0] // alpha_BA.shape[0], 0).to(given.device) * self.scale
-            for layer in self.layers.values():
-                for number, name in enumerate(names):
-                    layer.scaling[name] = weights_BA[:, number, None, None]
-
-        hook = self.model.register_forward_pre_hook(scale, with_kwargs=True)
-        self._act(names)
+        for layer in self.layers.values():
+            vars(layer)["forward"] = _weighted_forward(layer, names, alpha_BA * self.scale)
         try:
             yield
         finally:
-            hook.remove()
             for layer in self.layers.values():
-                for name in names:
-                    layer.scaling[name] = self.scale
-            self._act(former)
+                del vars(layer)["forward"]
 
     @property
     def _acting(self) -> list[str]:
@@ -211,6 +196,21 @@ class Adapter:
                 )
             assign(parameter, state[name])
         self.is_original = False
+
+
+def _weighted_forward(layer: LoraLayer, names: Sequence[str], weight_BA: Tensor) -> Callable[[Tensor], Tensor]:
+    a_RI = torch.cat([layer.lora_A[name].weight for name in names])
+    b_OR = torch.cat([layer.lora_B[name].weight for name in names], 1)
+    weight_BR = weight_BA.to(a_RI).repeat_interleave(len(a_RI) // len(names), 1)
+    base = layer.get_base_layer()
+
+    def forward(x_BSI: Tensor) -> Tensor:
+        base_BSO: Tensor = base(x_BSI)
+        weight_B1R = weight_BR.repeat_interleave(x_BSI.shape[0] // len(weight_BR), 0).unsqueeze(1)
+        inner_BSR = F.linear(x_BSI.to(a_RI.dtype), a_RI) * weight_B1R
+        return (base_BSO + F.linear(inner_BSR, b_OR)).to(base_BSO.dtype)
+
+    return forward
 
 
 def _refuse_absent(model: nn.Module, targets: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from trainer.methods.alignx.stages import Stages
 from trainer.model.load import load
 from trainer.pipeline.experiment import JsonFile, Step
 
-PROMPTS, NEW_TOKENS, ROUNDS = 16, 64, 5
+PROMPTS, NEW_TOKENS, ROUNDS = 16, 32, 3
 """How many prompts at a time, tokens of each reply, and turns of each way."""
 
 

@@ -98,15 +98,19 @@ def mean_rate(rates: Mapping[str, Any]) -> float:
     return sum(found["rate"] for found in rates.values()) / len(rates)
 
 
-def drops(steps: Mapping[str, Mapping[str, Any]], base: Mapping[str, Any], last: Mapping[str, str]) -> dict[str, Any]:
-    """Forgetting: {axis A: {axis B: loss on A of B's adapter}}, from the rates after each step.
+def drops(
+    steps: Mapping[str, Mapping[str, Any]], base: Mapping[str, Any], last: Mapping[str, str], order: str
+) -> dict[str, dict[str, float]]:
+    """Forgetting: {axis A: {axis B: what is lost on A under B's adapter}}, from the rates after each step.
 
     Args:
-        steps: name of a step -> rates after it.
-        last: axis -> its last step. In a chain the loss is from A's own adapter on; trained in parallel, adapters know
-            nothing of each other, and the loss is from the base on.
+        last: axis -> its last step, in the order of training.
+        order: parallel: B's adapter knows nothing of A's, so the loss is from the base on. chain: of every B after A,
+            the loss is from A's own adapter on.
     """
-    found: dict[str, dict[str, float]] = {}
-    for a in last:
-        found[a] = {b: base[a]["rate"] - steps[step][a]["rate"] for b, step in last.items() if b != a}
+    names, found = list(last), dict[str, dict[str, float]]()
+    for number, a in enumerate(names):
+        others = names[number + 1 :] if order == "chain" else [b for b in names if b != a]
+        before = steps[last[a]][a] if order == "chain" else base[a]
+        found[a] = {b: before["rate"] - steps[last[b]][a]["rate"] for b in others}
     return found

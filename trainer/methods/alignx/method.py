@@ -80,7 +80,7 @@ class Alignx:
                 "router": {**router.value, **compared.head},
                 "forgetting": {
                     "after": {"base": base.value["rates"], **of_passes},
-                    "lost": drops(of_passes, base.value["rates"], last),
+                    "lost": drops(of_passes, base.value["rates"], last, recipe.adapters.order),
                 },
                 "cost": costs(stages, views, routed) if recipe.evaluate.cost else {},
             },
