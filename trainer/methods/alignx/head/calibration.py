@@ -1,7 +1,8 @@
 """Calibration on held-out rows: temperature, isotonic maps, and what they are judged by.
 
-Temperature: Guo et al. (arXiv 1706.04599), by scipy, with Platt's smoothed labels. Isotonic maps, one per axis, by scikit-learn: each expert is
-calibrated before the mixture, as in arXiv 2309.14976. The target is whether the prompt belongs to the axis.
+Temperature: Guo et al. (arXiv 1706.04599), by scipy, with Platt's smoothed labels. Isotonic maps, one per axis, by
+scikit-learn: each expert is calibrated before the mixture, as in arXiv 2309.14976. The target is whether the prompt
+belongs to the axis.
 
 Shapes: B instances, A axes, J knots of a map.
 """
