@@ -92,7 +92,7 @@ def measure_cost(ways: Mapping[str, Callable[[], nn.Module]], prompts: Prompts, 
         Name -> {"seconds", "parameter_bytes", "peak_bytes"} and, as ratios to the base, {"latency", "parameters",
         "peak"}; latency is the median over the rounds of the ratio within a round. Seconds are of the clock on a GPU,
         of the processor on a CPU, where other processes may run. `peak_bytes`: parameters and buffers, and what a
-        generation adds to allocated (GPU) or resident memory (CPU, Linux; elsewhere None), the most of all rounds.
+        generation adds to allocated (GPU) or resident memory (CPU, Linux; elsewhere None) at its peak.
     """
     assert BASE in ways, "ratios are to the base"
     turns: dict[str, list[_Turn]] = {name: [] for name in ways}
@@ -127,7 +127,7 @@ def _figures(mine: list[_Turn], base: list[_Turn]) -> dict[str, Any]:
 
 def _peak(turns: list[_Turn]) -> int | None:
     grown = [turn.growth for turn in turns if turn.growth is not None]
-    return turns[0].parameter_bytes + max(grown) if grown else None
+    return turns[0].parameter_bytes + round(median(grown)) if grown else None
 
 
 def _turn(way: Callable[[], nn.Module], prompts: Prompts) -> _Turn:
@@ -143,9 +143,9 @@ def _turn(way: Callable[[], nn.Module], prompts: Prompts) -> _Turn:
             max_new_tokens=prompts.new_tokens,
         )
 
-    # The first one also pays for what is made once, and is the one whose memory is looked at.
-    growth = _growth(generate, device)
-    return _Turn(_seconds(generate, device), held_bytes(model), growth)
+    generate()  # pays for what is made once
+    seconds, growth = _measured(generate, device)
+    return _Turn(seconds, held_bytes(model), growth)
 
 
 def held_bytes(model: nn.Module) -> int:
@@ -158,35 +158,24 @@ def held_bytes(model: nn.Module) -> int:
     return sum(storages.values())
 
 
-def _seconds(generate: Callable[[], None], device: torch.device) -> float:
-    if device.type != "cuda":
-        start = time.process_time()
-        generate()
-        return time.process_time() - start
-    torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    generate()
-    torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
-def _growth(generate: Callable[[], None], device: torch.device) -> int | None:
-    """Bytes that a call adds to the memory in use, at its peak."""
+def _measured(generate: Callable[[], None], device: torch.device) -> tuple[float, int | None]:
+    """Seconds of a call, and bytes that it adds to the memory in use at its peak."""
     if device.type == "cuda":
+        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        before, start = torch.cuda.memory_allocated(device), time.perf_counter()
         generate()
-        return torch.cuda.max_memory_allocated(device) - before
-    if not _CLEAR.exists():
-        generate()
-        return None
-    gc.collect()
-    # Freed memory that the allocator keeps would be used again, and not seen to grow.
-    ctypes.CDLL(None).malloc_trim(0)
-    _CLEAR.write_text("5")  # the peak of resident memory starts anew
-    before = _resident("VmRSS")
+        torch.cuda.synchronize(device)
+        return time.perf_counter() - start, torch.cuda.max_memory_allocated(device) - before
+    if is_readable := _CLEAR.exists():
+        gc.collect()
+        # Freed memory that the allocator keeps would be used again, and not seen to grow.
+        ctypes.CDLL(None).malloc_trim(0)
+        _CLEAR.write_text("5")  # the peak of resident memory starts anew
+    before, start = _resident("VmRSS") if is_readable else 0, time.process_time()
     generate()
-    return max(0, _resident("VmHWM") - before)
+    seconds = time.process_time() - start
+    return seconds, max(0, _resident("VmHWM") - before) if is_readable else None
 
 
 def _resident(key: str) -> int:

@@ -40,8 +40,12 @@ def test_temperature_takes_back_logits_that_were_scaled(factor: float) -> None:
     assert after < before / 3
 
 
-def test_rows_that_are_all_right_get_a_finite_temperature() -> None:
-    assert 0.01 < fit_temperature(20 * torch.eye(3), torch.tensor([0, 1, 2])) < 1
+@pytest.mark.parametrize("scale", [0.5, 20.0])
+def test_rows_that_are_all_right_are_as_sure_as_their_number_allows(scale: float) -> None:
+    labels_B = torch.arange(60) % 3
+    logits_BA = scale * torch.eye(3)[labels_B]
+    alpha_BA = (logits_BA / fit_temperature(logits_BA, labels_B)).softmax(1)
+    assert torch.allclose(alpha_BA.amax(1), torch.full((60,), 1 - 1 / 62), atol=1e-3)
 
 
 @settings(max_examples=40, deadline=None)

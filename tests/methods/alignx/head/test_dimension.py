@@ -62,3 +62,17 @@ def test_an_instance_is_not_its_own_neighbour() -> None:
     distances_BN = torch.rand(1, 50, generator=torch.Generator().manual_seed(0)) + 0.2
     itself_BN = torch.cat([distances_BN, torch.zeros(1, 1)], dim=1)
     assert torch.equal(log_dimension(itself_BN, 0.5, EPS), log_dimension(distances_BN, 0.5, EPS))
+
+
+def test_an_instance_far_from_the_bank_is_read_as_steep_whatever_the_distance() -> None:
+    near_BN = torch.full((1, 20), 100.0)
+    far_BN = torch.full((1, 20), 1e12)
+    assert torch.equal(log_dimension(near_BN, 1.0, EPS), log_dimension(far_BN, 1.0, EPS))
+    assert float(log_dimension(far_BN, 1.0, EPS).exp()) > 20
+
+
+def test_rows_that_differ_by_rounding_alone_are_one_point() -> None:
+    draw = torch.Generator().manual_seed(0)
+    rows_NK = torch.ones(20, 64) + 1e-7 * torch.randn(20, 64, generator=draw)
+    assert len({tuple(row) for row in rows_NK.tolist()}) > 1
+    assert bank_scale(rows_NK, NEIGHBOURS) == 0

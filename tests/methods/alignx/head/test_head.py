@@ -45,6 +45,16 @@ def test_an_untrained_output_calibration_is_the_identity(dtype: torch.dtype) -> 
         assert corrected_BSH.dtype == dtype and torch.equal(corrected_BSH, hidden_BSH)
 
 
+def test_the_output_calibration_adds_what_its_formula_says(fitted: MoCaE) -> None:
+    assert fitted.output is not None
+    W = {name: tensor.double() for name, tensor in fitted.output.state_dict().items()}
+    y_BSH = torch.randn(2, 3, banks.D, generator=torch.Generator().manual_seed(0))
+    y = y_BSH.double()
+    tanh = (y @ W["n.weight"].T + W["n.bias"]).tanh()
+    relu = (y @ W["three.weight"].T).relu() @ W["four.weight"].T
+    assert torch.allclose(fitted.correct(y_BSH).double(), y + tanh + relu, atol=1e-4)
+
+
 def test_weights_sum_to_1_and_do_not_depend_on_the_batch(fitted: MoCaE) -> None:
     features_BVD = banks.bank(60, seed=3).features_NVD
     alpha_BA = fitted.alpha(features_BVD)

@@ -59,3 +59,16 @@ def test_maps_are_kept_where_no_temperature_can_calibrate(flattened: bool, kept:
     assert found.evidence is not None and found.evidence.kept == kept == (found.isotonic is not None)
     temperature = calibrate(logits_NA, bank_of(labels_N), parts, HeadSection(isotonic="off")).figures["ece_after"]
     assert found.figures["ece_after"] < temperature / 1.5 if kept else found.figures["ece_after"] == temperature
+
+
+def test_maps_that_flatter_the_calibration_error_and_harm_the_brier_score_are_left_out() -> None:
+    """60 rows a half: maps with few steps, which lower the calibration error by blurring which axis is meant."""
+    generator = torch.Generator().manual_seed(2)
+    logits_NA = 1.5 * torch.randn(180, 3, generator=generator)
+    labels_N = torch.multinomial(logits_NA.softmax(1), 1, generator=generator)[:, 0]
+    parts = Parts(torch.arange(60), (torch.arange(60, 120), torch.arange(120, 180)))
+    ece = {
+        switch: calibrate(logits_NA, bank_of(labels_N), parts, HeadSection(isotonic=switch)).figures["ece_after"]
+        for switch in ("on", "off", "auto")
+    }
+    assert ece["on"] < ece["off"] == ece["auto"]

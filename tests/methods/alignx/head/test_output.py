@@ -109,3 +109,17 @@ def test_outputs_that_do_not_fit_are_refused(bank: Bank, head: MoCaE) -> None:
     some = Outputs(made.hidden_TAH[fitting_T], made.targets_T[fitting_T], made.row_T[fitting_T], {})
     with pytest.raises(UserError, match=r"no token of a held-out prompt"):
         fit_output(head, bank, some, lm_head(), SECTION, 0)
+
+
+def test_the_mixture_that_is_calibrated_is_that_of_the_routed_weights(bank: Bank, head: MoCaE) -> None:
+    """The expert of a prompt's own axis names the target, the others anything else: routed right, little is left to
+    gain."""
+    made = outputs(120, 0.0)
+    own_TA = torch.nn.functional.one_hot(bank.labels_N[made.row_T], 3)[:, :, None]
+    wrong_TAH = lm_head()[(made.targets_T + 1) % VOCABULARY][:, None].repeat(1, 3, 1)
+    mixed = replace(made, hidden_TAH=3 * torch.where(own_TA == 1, made.hidden_TAH, wrong_TAH))
+    right = fit_output(head, bank, mixed, lm_head(), SECTION, 0)
+    head.W_r.data.neg_()
+    wrong = fit_output(head, bank, mixed, lm_head(), SECTION, 0)
+    assert right is not None and wrong is not None
+    assert right.gains["the plain mixture"][0] < 2 and wrong.gains["the plain mixture"][0] > 5

@@ -1,7 +1,8 @@
 """Calibration on held-out rows: temperature, isotonic maps, and what they are judged by.
 
-Temperature: Guo et al. (arXiv 1706.04599), by scipy. Isotonic maps, one per axis, by scikit-learn: each expert is
-calibrated before the mixture, as in arXiv 2309.14976. The target is whether the prompt belongs to the axis.
+Temperature: Guo et al. (arXiv 1706.04599), by scipy, with Platt's smoothed labels. Isotonic maps, one per axis, by
+scikit-learn: each expert is calibrated before the mixture, as in arXiv 2309.14976. The target is whether the prompt
+belongs to the axis.
 
 Shapes: B instances, A axes, J knots of a map.
 """
@@ -19,7 +20,7 @@ from torch.nn.functional import cross_entropy, one_hot
 BINS = 15
 """Of equal width, as Guo et al. count."""
 TEMPERATURES = (0.02, 50.0)
-"""Least and most. Rows that are all routed right would otherwise ask for 0."""
+"""Least and most."""
 
 
 def accuracy(alpha_BA: Tensor, labels_B: Tensor) -> float:
@@ -42,11 +43,17 @@ def ece(alpha_BA: Tensor, labels_B: Tensor) -> float:
 
 
 def fit_temperature(logits_BA: Tensor, labels_B: Tensor) -> float:
-    """The temperature with the least cross-entropy."""
+    """The temperature with the least cross-entropy.
+
+    Labels are smoothed by 1 / (B + 2), as Platt (1999) does: B rows that are all routed right would otherwise ask for
+    a temperature of 0, and B rows do not show that an axis is never wrong.
+    """
     logits_BA = logits_BA.double()
+    rows, axes = logits_BA.shape
+    smoothing = axes / (axes - 1) / (rows + 2)
 
     def loss(log_tau: float) -> float:
-        return float(cross_entropy(logits_BA / math.exp(log_tau), labels_B))
+        return float(cross_entropy(logits_BA / math.exp(log_tau), labels_B, label_smoothing=smoothing))
 
     low, high = map(math.log, TEMPERATURES)
     return math.exp(float(minimize_scalar(loss, bounds=(low, high), method="bounded").x))
