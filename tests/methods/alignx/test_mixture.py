@@ -198,6 +198,8 @@ def test_afterwards_the_model_is_as_it_was_and_no_gradient_is_on() -> None:
             _ = 1 / 0
     _, after_BNV = said(adapters.model, ids_BS)
     assert torch.equal(before_BNV, after_BNV)
+    with adapters.acting("helpful", "honest"):
+        assert not any(parameter.requires_grad for parameter in adapters.model.parameters())
     assert not any(parameter.requires_grad for parameter in adapters.model.parameters())
     with Adapter(adapters, "honest").training():
         trained = [name for name, parameter in adapters.model.named_parameters() if parameter.requires_grad]

@@ -22,7 +22,7 @@ from trainer.methods.alignx.recipe import AdaptersSection
 from trainer.moe.backbone import Backbone
 from trainer.training.loop import StageResult
 
-ROWS = [AxisRow(Conversation.of(f"w{i} w{i + 1}"), f"w{i + 20} w3", "helpful") for i in range(20)]
+ROWS = [AxisRow(Conversation.of(f"w{i} " * (1 + i % 4)), f"w{i + 20} w3", "helpful") for i in range(20)]
 FAST = {"max_steps": 6, "save_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
 
 
