@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal, cast
 
 import torch
@@ -26,6 +26,8 @@ from trainer.recipe.sections import ModelSection
 Tokens = Literal["prompt", "response", "both"]
 
 _PROBE = "Zanzibar"  # a word that no template writes itself
+_OPENINGS = 16_384
+"""Conversations whose tokens are kept."""
 
 
 @dataclass(frozen=True)
@@ -201,8 +203,16 @@ class Chat:
         Raises:
             UserError: a template that refuses these turns or has no system role, or a token without an embedding.
         """
-        ids = self._chat(self._messages(conversation), add_generation_prompt=True)
-        return self._all_embedded(ids)
+        return list(self._opened(conversation))
+
+    @cached_property
+    def _opened(self) -> Callable[[Conversation], tuple[int, ...]]:
+        # The same prompts are asked before and after, of every control, and in training.
+        def opened(conversation: Conversation) -> tuple[int, ...]:
+            ids = self._chat(self._messages(conversation), add_generation_prompt=True)
+            return tuple(self._all_embedded(ids))
+
+        return lru_cache(maxsize=_OPENINGS)(opened)
 
     def encode(self, conversation: Conversation, reply: Reply) -> ChatTurn:
         """A conversation and the reply to its last turn as tokens; raises as `opening`.
