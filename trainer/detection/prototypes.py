@@ -13,7 +13,6 @@ Shapes: P, Q, R prompts, K clusters, L layers, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -76,18 +75,6 @@ def layer_directions(
 def _at(groups: Groups, layer: int) -> Groups:
     """The states [P, D], [Q, D], [R, D] of one layer."""
     return Groups(groups.wrong[:, layer], groups.right[:, layer], groups.harmful[:, layer])
-
-
-def best_number(tried: Mapping[int, Sequence[LayerDirection]]) -> int:
-    """The number of clusters whose directions tell held-out prompts apart best, on the mean over the layers; the
-    smallest of those within a thousandth.
-    """
-
-    def mean(layers: Sequence[LayerDirection]) -> float:
-        return float(np.mean([0.5 if layer.auc is None else layer.auc for layer in layers]))
-
-    means = {number: mean(layers) for number, layers in tried.items()}
-    return min(number for number, value in means.items() if value >= max(means.values()) - 1e-3)
 
 
 def _layer_direction(

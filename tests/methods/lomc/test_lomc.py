@@ -81,7 +81,7 @@ def test_a_correction_within_its_bounds_is_written_audited_and_reported(
         layer, kind = int(parts[2]), "mixer" if "self_attn" in name else "experts"
         assert name.endswith(("o_proj.weight", "down_proj.weight"))
         moved.add((layer, kind, int(parts[5]) if kind == "experts" else None))
-        d = directions[f"several.{layer}"]
+        d = directions[f"{found['prototypes']}.{layer}"]
         torch.testing.assert_close(d @ after[name], (1 - found["strength"]) * (d @ old), atol=1e-5, rtol=0)
     assert moved == corrected
     audit = json.loads((folder / "audit.json").read_text())
