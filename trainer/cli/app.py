@@ -209,12 +209,15 @@ def audit(
     prompts: Annotated[int, typer.Option(help="Test prompts of each kind.", min=2, max=100_000)] = 60,
 ) -> None:
     """Measure, in memory, how far compact edits move the refusals of a run's base and of its model."""
-    from trainer.methods.table import recipe_of
+    from trainer.methods.table import recipe_of, report_of
     from trainer.pipeline.experiment import reopened
     from trainer.pipeline.robustness import audit as curves
+    from trainer.reporting import html
 
     with reopened(run, recipe_of) as folder:
         curves(folder.recipe, run, prompts)
+        if is_main_process() and (run / "evaluation.json").is_file():
+            say(f"report: {html.write(run, report_of(folder.recipe.method))}")
 
 
 @app.command()
