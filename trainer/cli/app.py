@@ -67,9 +67,9 @@ def run(
     force: Annotated[bool, typer.Option("--force", help="Start anew: empties the run folder.")] = False,
 ) -> None:
     """Run a recipe; run it again to resume."""
+    loaded = _recipe(recipe, overrides)
     from trainer.pipeline.experiment import opened
 
-    loaded = _recipe(recipe, overrides)
     with opened(loaded, force=force) as folder:
         _method(loaded).run(folder)
 
@@ -77,9 +77,9 @@ def run(
 @app.command()
 def detect(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Find the safety-critical experts, and stop there."""
+    loaded = _recipe(recipe, overrides)
     from trainer.pipeline.experiment import opened
 
-    loaded = _recipe(recipe, overrides)
     with opened(loaded) as folder:
         _method(loaded).detect(folder)
 
@@ -91,11 +91,11 @@ def inspect(
     recipe: Annotated[Path | None, typer.Option(help="Say what this recipe would train.")] = None,
 ) -> None:
     """Show a model's routers and experts."""
+    _refuse_no_model("inspect", model)
+    loaded = _recipe(recipe, None) if recipe else None
     from trainer.model.describe import caution, description, print_table, read
     from trainer.recipe.sections import ModelSection
 
-    _refuse_no_model("inspect", model)
-    loaded = _recipe(recipe, None) if recipe else None
     as_said = {"revision": loaded.model.revision, "dtype": loaded.model.dtype} if loaded else {}
     section = ModelSection.model_validate({"name_or_path": model, **as_said})
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
@@ -123,6 +123,8 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Say what a recipe needs on each GPU, without loading weights."""
+    with contextlib.redirect_stdout(sys.stderr):
+        loaded = _recipe(recipe, overrides)
     from trainer.planning.plan import machine
     from trainer.planning.plan import plan as make
     from trainer.planning.table import show
@@ -130,7 +132,6 @@ def plan(
     found, memory = machine()
     gpus, gpu_memory = found if gpus is None else gpus, memory if gpu_memory is None else gpu_memory
     with contextlib.redirect_stdout(sys.stderr):
-        loaded = _recipe(recipe, overrides)
         made = make(loaded, _method(loaded).planned(loaded), gpus=gpus, gpu_memory_gb=gpu_memory, nodes=nodes)
         as_text = json.dumps(made.json(), indent=2) if as_json else ""
     if as_json:
@@ -146,10 +147,11 @@ def evaluate(
     overrides: Overrides = None,
 ) -> None:
     """Measure a model or a run's model; prints JSON."""
+    _refuse_no_model("evaluate", model_or_run)
+    loaded = _recipe(suite, overrides)
     from trainer.pipeline.measure import measure_alone
 
-    _refuse_no_model("evaluate", model_or_run)
-    measured = measure_alone(_recipe(suite, overrides), model_or_run)
+    measured = measure_alone(loaded, model_or_run)
     if is_main_process():
         print(json.dumps(measured, indent=2))
 
@@ -298,7 +300,9 @@ def _fail(message: str, code: int = USER_ERROR) -> NoReturn:
 
 
 def _quiet() -> None:
-    # Before the libraries are imported. Their warnings stay: "newly initialized weights" is one of them.
+    # Before the libraries are imported. TRL tells the Hub which trainer runs, from a thread, unless it is told not to.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # Their warnings stay: "newly initialized weights" is one of them.
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Where bitsandbytes is installed it asks on some CPUs for `kernels`, which would fetch and run compiled code.
