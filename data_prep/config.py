@@ -1,15 +1,42 @@
 """The recipe's `data` section."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from .schema import Metric
 
 _BOUND = r"\s*(-?[0-9]{1,12})?\s*"
 SLICE = re.compile(rf"^{_BOUND}:{_BOUND}(?::{_BOUND})?$")
-SourceFormat = Literal["records", "advbench", "xstest", "alpaca", "qa"]
+SourceFormat = Literal[
+    "records",
+    "qa",
+    "advbench",
+    "harmbench",
+    "jailbreakbench",
+    "strongreject",
+    "harmfulqa",
+    "beavertails",
+    "hh-rlhf",
+    "xstest",
+    "or-bench",
+    "alpaca",
+    "safety-tuned-llamas",
+    "mt-bench",
+    "gsm8k",
+    "mmlu",
+    "truthfulqa",
+    "truthfulqa-mc",
+]
 
 
 def parse_slice(text: str) -> slice:
@@ -47,15 +74,39 @@ class NamesFile:
 FileName = Annotated[str, NamesFile()]
 
 
+class LeftOutByDefault:
+    """Marks a key that former releases did not have: while it holds its default it is not written, so that the recipe
+    of a run that is finished keeps its hash."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = serialise(self)
+        for name, field in type(self).model_fields.items():
+            later = any(isinstance(mark, LeftOutByDefault) for mark in field.metadata)
+            if later and getattr(self, name) == field.get_default(call_default_factory=True):
+                found.pop(name, None)
+        return found
+
+
+HubFolder = Annotated[
+    str | None, LeftOutByDefault(), Field(description="Folder of the Hub data set, where it has no configurations.")
+]
+AnswerColumn = Annotated[
+    str | None, LeftOutByDefault(), Field(description="Column with the answer; null: as the format says.")
+]
+TaskFormat = Literal["qa", "records", "gsm8k", "mmlu", "truthfulqa", "truthfulqa-mc", "mt-bench", "alpaca"]
 
 
 class SourceConfig(_Section):
     """Where prompts come from and how many go where."""
 
     path: FileName = Field(
-        min_length=1, description="Local file (csv, json, jsonl, parquet), or a Hub data set id `owner/name`."
+        min_length=1,
+        description="Local file (csv, json, jsonl, parquet, or packed as .gz), or a Hub id `owner/name`.",
     )
     format: SourceFormat = Field("records", description="How the file is read; see `data_prep.loaders.FORMATS`.")
     column: str | None = Field(
@@ -64,6 +115,8 @@ class SourceConfig(_Section):
     revision: str | None = Field(None, description="Hub commit, tag or branch; only for Hub data sets.")
     hub_config: str | None = Field(None, description="Configuration of the Hub data set, where it has several.")
     hub_split: str = Field("train", description="Split of the Hub data set.")
+    hub_folder: HubFolder = None
+    answer_column: AnswerColumn = None
     test_path: FileName | None = Field(
         None, min_length=1, description="Second file or data set that the test part is taken from."
     )
@@ -92,11 +145,13 @@ class TaskConfig(_Section):
 
     name: str = Field(description="Name in the evaluation.")
     path: FileName = Field(min_length=1, description="Local file or Hub data set id.")
-    format: Literal["qa", "records"] = Field("qa", description="`qa` reads question and answer columns.")
-    column: str | None = Field(None, description="Column with the question, for `records`.")
+    format: TaskFormat = Field("qa", description="How the file is read; `qa`: question and answer columns.")
+    column: str | None = Field(None, description="Column with the question.")
     revision: str | None = Field(None, description="Hub commit, tag or branch; only for Hub data sets.")
     hub_config: str | None = Field(None, description="Configuration of the Hub data set, where it has several.")
     hub_split: str = Field("test", description="Split of the Hub data set.")
+    hub_folder: HubFolder = None
+    answer_column: AnswerColumn = None
     metric: Metric = Field("exact_match", description="exact_match on the reply, or token_accuracy under the answer.")
     test: Rows = Field(100, description="Rows to evaluate on: a count or a slice.")
 

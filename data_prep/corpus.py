@@ -68,7 +68,7 @@ def _refuse_hub_keys(key: str, source: SourceConfig | TaskConfig) -> None:
     paths = (source.path, getattr(source, "test_path", None) or source.path)
     if not all(os.path.isfile(path) for path in paths):
         return
-    for name in ("revision", "hub_config", "hub_split"):
+    for name in ("revision", "hub_config", "hub_split", "hub_folder"):
         found = getattr(source, name)
         if found != type(source).model_fields[name].default:
             raise UserError(

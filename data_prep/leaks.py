@@ -4,10 +4,10 @@ Conversations are compared whole, as `same_text` says.
 """
 
 from .errors import UserError
-from .loaders import NO_TEXT
 from .same_text import compared
 from .schema import Prompt
 from .sources import Part
+from .usable import NO_TEXT
 
 TWICE_TRAINED = "training rows twice"
 TWICE_TESTED = "test rows twice"

@@ -12,7 +12,7 @@ from .errors import UserError, unknown
 from .json_lines import parse_json, read_text
 from .same_text import normalised
 from .schema import Role, Wrapper
-from .tables import Row, Source, columns, no_column, read_rows, shown
+from .tables import Row, Source, Table, shown
 
 SELECTOR = re.compile(r"^(?P<group>[^\[\]]+)(?:\[(?P<pick>[^\[\]]+)\])?$")
 SENTENCE_END = re.compile(r"(?<=[.!?:\n])\s+")
@@ -56,11 +56,8 @@ def read_templates(path: str) -> dict[str, list[str]]:
         data = parse_json(read_text(Path(path)), path)
         if isinstance(data, dict):
             return _checked_groups(path, data)
-    rows = read_rows(Source(path, "harmful"))
-    found = columns(rows)
-    column = next((name for name in TEMPLATE_COLUMNS if name in found), None)
-    if column is None:
-        raise no_column(path, TEMPLATE_COLUMNS[0], found)
+    rows = Table(Source(path, "harmful"))
+    column = rows.require_one(TEMPLATE_COLUMNS)
     groups: dict[str, list[str]] = {}
     for row in rows:
         name = text_of(row, "group") or Path(path).stem
