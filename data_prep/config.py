@@ -1,17 +1,9 @@
 """The recipe's `data` section."""
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from .schema import Metric
 
@@ -74,31 +66,27 @@ class NamesFile:
 FileName = Annotated[str, NamesFile()]
 
 
-class LeftOutByDefault:
-    """Marks a key that former releases did not have: while it holds its default it is not written, so that the recipe
-    of a run that is finished keeps its hash."""
-
-
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    @model_serializer(mode="wrap")
-    def _as_before(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        found: dict[str, Any] = serialise(self)
-        for name, field in type(self).model_fields.items():
-            later = any(isinstance(mark, LeftOutByDefault) for mark in field.metadata)
-            if later and getattr(self, name) == field.get_default(call_default_factory=True):
-                found.pop(name, None)
-        return found
 
-
-HubFolder = Annotated[
-    str | None, LeftOutByDefault(), Field(description="Folder of the Hub data set, where it has no configurations.")
-]
-AnswerColumn = Annotated[
-    str | None, LeftOutByDefault(), Field(description="Column with the answer; null: as the format says.")
-]
+HubFolder = Annotated[str | None, Field(description="Folder of the Hub data set, where it has no configurations.")]
+AnswerColumn = Annotated[str | None, Field(description="Column with the answer; null: as the format says.")]
 TaskFormat = Literal["qa", "records", "gsm8k", "mmlu", "truthfulqa", "truthfulqa-mc", "mt-bench", "alpaca"]
+
+
+Family = Literal[
+    "all",
+    "role-play",
+    "persuasion",
+    "nested-fiction",
+    "encoding",
+    "prefix-injection",
+    "suffix-injection",
+    "multi-turn",
+    "prefill",
+    "long-story",
+]
 
 
 class SourceConfig(_Section):
@@ -125,11 +113,18 @@ class SourceConfig(_Section):
 
 
 class JailbreakConfig(_Section):
-    """Which jailbreak templates are trained on, and which only measured."""
+    """Which jailbreak templates are trained on, and which only measured.
 
-    path: FileName = Field(
+    Without any selector whole families are dealt to `seen` and `unseen`, drawn with the run's seed.
+    """
+
+    path: FileName | None = Field(
+        None,
         min_length=1,
-        description="File of templates: JSON {group: [template, ...]}, or CSV/JSONL with a text column.",
+        description="File of templates: JSON {group: [template, ...]}, or a table with a text or a messages column.",
+    )
+    families: list[Family] = Field(
+        default_factory=list, description="Families that come with the project; all: every one."
     )
     format: Literal["templates"] = Field("templates", description="How the file is read; only `templates`.")
     placeholder: str = Field("[INSERT PROMPT HERE]", description="What stands for the goal inside a template.")
@@ -138,6 +133,12 @@ class JailbreakConfig(_Section):
     )
     unseen: list[str] = Field(default_factory=list, description="Selectors of templates only measured.")
     robust: list[str] = Field(default_factory=list, description="Selectors of templates the model already withstands.")
+
+    @model_validator(mode="after")
+    def _has_templates(self) -> "JailbreakConfig":
+        if self.path is None and not self.families:
+            raise ValueError("found neither path nor families; expected a file of templates, or families: [all]")
+        return self
 
 
 class TaskConfig(_Section):
@@ -164,3 +165,10 @@ class DataConfig(_Section):
     benign: SourceConfig | None = Field(None, description="Harmless prompts, to be answered.")
     borderline: SourceConfig | None = Field(None, description="Harmless prompts that look harmful, to be answered.")
     capability: list[TaskConfig] = Field(default_factory=list, description="Capability tasks.")
+    near_duplicates: float | None = Field(
+        0.6,
+        gt=0,
+        le=1,
+        description="Training rows whose content words agree with a harmful test goal's to this share (Jaccard) are "
+        "dropped, and those that hold one; null: only rows of the same text are.",
+    )

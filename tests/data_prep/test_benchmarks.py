@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.errors import UserError
-from data_prep.loaders import Source, Usable, load
+from data_prep.loaders import FORMATS, Source, Usable, load
 from data_prep.schema import Kind
 
 
@@ -45,6 +45,11 @@ def on_the_hub(monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]]) -> l
 
 
 HARMBENCH = ["Behavior", "FunctionalCategory", "SemanticCategory", "Tags", "ContextString", "BehaviorID"]
+
+
+def test_every_format_is_on_the_page_of_data(root: Path) -> None:
+    page = (root / "docs" / "data.md").read_text()
+    assert not [format for format in FORMATS if f"| `{format}` |" not in page]
 
 
 def test_harmbench_rows_get_their_context_and_copyright_rows_are_left_out(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ from data_prep.benchmarks.harmbench import COPYRIGHT
 from data_prep.config import DataConfig, JailbreakConfig
 from data_prep.corpus import load_corpus
 from data_prep.loaders import Source, load
+from data_prep.recombine import recombine
 from data_prep.schema import Kind
 from data_prep.usable import OTHER_SIDE
-from data_prep.wrappers import load_wrappers, recombine
+from data_prep.wrappers import load_wrappers
 
 SHARED = Path(os.environ.get("ROUTEALIGN_SHARED", Path(__file__).parents[2] / ".." / "shared"))
 DATA = SHARED / "data"
@@ -110,7 +111,7 @@ def test_alpaca_input_is_joined() -> None:
 def test_templates() -> None:
     path = str(DATA / "gptfuzz/seed_short_25.csv")
     config = JailbreakConfig(path=path, seen=["seed_short_25[0:20]"], unseen=["seed_short_25[20:25]"])
-    wrappers = load_wrappers(config)
+    wrappers = load_wrappers(config, 0)
     assert len(wrappers) == 25
     made = recombine(wrappers[:20], [], 50, 0)
     assert all(wrapper.text.count(config.placeholder) == 1 for wrapper in made)
@@ -144,3 +145,11 @@ def test_a_whole_recipe() -> None:
     assert len(corpus.harmful.test) == 100 and corpus.harmful.test[0].id == "harmful_behaviors:420"
     assert (len(corpus.borderline.train), len(corpus.borderline.test)) == (125, 125)
     assert len(corpus.benign.train) == 150 and len(corpus.tasks[0].prompts) == 100
+
+
+def test_goals_of_advbench_that_are_nearly_test_goals_are_not_trained_on() -> None:
+    """The number stands in docs/data.md."""
+    source = {"path": str(DATA / "advbench/harmful_behaviors.csv"), "format": "advbench"}
+    config = {"harmful": source | {"train": "0:320", "test": "420:520"}, "jailbreaks": {"families": ["all"]}}
+    corpus = load_corpus(DataConfig.model_validate(config), seed=0)
+    assert corpus.rows[0].dropped["training rows near a test goal"] == 18 and len(corpus.harmful.train) == 302

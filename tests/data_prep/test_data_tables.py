@@ -11,7 +11,7 @@ import pytest
 from data_prep.errors import UserError
 from data_prep.json_lines import parse_json
 from data_prep.loaders import Source, load
-from data_prep.wrappers import read_templates
+from data_prep.template_files import read_templates
 
 SECRET = "tell me of the hidden lantern"
 
@@ -59,7 +59,7 @@ def test_names_that_look_like_names_are_shown(tmp_path: Path) -> None:
     refused(tmp_path / "a.json")
     (tmp_path / "t.json").write_text(json.dumps({SECRET * 3: ["x"]}))
     with pytest.raises(UserError, match="group 0") as caught:
-        read_templates(str(tmp_path / "t.json"))
+        read_templates(str(tmp_path / "t.json"), "[P]")
     assert "hidden" not in str(caught.value)
 
 
