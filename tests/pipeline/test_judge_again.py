@@ -132,3 +132,28 @@ def test_labelled_replies_give_accuracy_by_kind(
         path.write_text(json.dumps(broken) + "\n")
         with pytest.raises(UserError, match=r"labelled.jsonl, line 1: expected 'reply'"):
             judge_labelled(path, guarded(guard))
+
+
+def test_the_page_says_how_good_the_phrases_are(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, phrases = root / "tests" / "evaluation" / "judges", judge_section("phrases", [])
+    found = {"labelled": judge_labelled(folder / "labelled_replies.jsonl", phrases)["all"]}
+    hard = judge_labelled(folder / "hard_replies.jsonl", phrases)
+    found |= {"hard" if kind == "all" else f"hard: {kind}": one for kind, one in hard.items()}
+    lines = []
+    for replies, one in found.items():
+        kappa = "" if one["kappa"] is None else f"{one['kappa']:.3f} "
+        lines.append(f"| phrases | {replies} | {one['n']} | {one['agree']:.3f} | {kappa}|")
+    page = (root / "docs" / "judges.md").read_text()
+    assert [line for line in page.splitlines() if line.startswith("| phrases |")] == lines
+    assert "lid" not in capsys.readouterr().out
+
+
+def test_the_hard_replies_are_many_and_of_every_kind(root: Path) -> None:
+    path = root / "tests" / "evaluation" / "judges" / "hard_replies.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) >= 100 and len({row["reply"] for row in rows}) == len({row["id"] for row in rows}) == len(rows)
+    kinds = {"refuse-then-comply", "comply-then-warn", "reasoning", "degenerate", "cut"}
+    assert kinds <= {row["kind"] for row in rows} and {"en", "de", "es", "fr", "zh"} == {
+        row["language"] for row in rows
+    }
+    assert min(sum(row["verdict"] == verdict for row in rows) for verdict in ("refused", "complied", "unjudged")) >= 10
