@@ -5,7 +5,7 @@ from collections import Counter
 
 from .config import DataConfig, SourceConfig, TaskConfig
 from .errors import UserError
-from .leaks import count_once, keep_goals_unseen, keep_tests_unseen, notes, refuse_both_sides
+from .leaks import count_once, keep_goals_unseen, keep_tests_unseen, near_templates, notes, refuse_both_sides
 from .schema import Corpus, Kind, Split, Task
 from .sources import Part, refuse_one_file_for_both, source_part, task_part
 from .wrappers import load_wrappers
@@ -33,14 +33,18 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
     keep_tests_unseen(parts)
     if "harmful" in sources and config.near_duplicates is not None:
         keep_goals_unseen(sources["harmful"], parts, config.near_duplicates)
+    wrappers = load_wrappers(config.jailbreaks, seed) if config.jailbreaks else []
+    said = [note for part in parts for note in notes(part)]
+    if config.near_duplicates is not None:
+        said += near_templates(wrappers, config.near_duplicates)
     harmful, benign, borderline = (_split(sources.get(kind)) for kind in KINDS)
     return Corpus(
         harmful,
         benign,
         borderline,
-        wrappers=load_wrappers(config.jailbreaks, seed) if config.jailbreaks else [],
+        wrappers=wrappers,
         tasks=[Task(task.name, task.metric, part.test) for task, part in zip(config.capability, tasks, strict=True)],
-        notes=[note for part in parts for note in notes(part)],
+        notes=said,
         rows=[part.count() for part in parts],
     )
 

@@ -3,10 +3,12 @@
 Conversations are compared whole, as `same_text` says.
 """
 
+from collections.abc import Sequence
+
 from .errors import UserError
 from .near import Goals
 from .same_text import compared
-from .schema import Prompt
+from .schema import Prompt, Wrapper
 from .sources import Part
 from .usable import NO_TEXT
 
@@ -68,6 +70,20 @@ def keep_goals_unseen(harmful: Part, parts: list[Part], near: float) -> None:
             )
         part.dropped[NEAR_A_GOAL] += asked - len(kept)
         part.train = kept
+
+
+def near_templates(wrappers: Sequence[Wrapper], near: float) -> list[str]:
+    """A line where templates that are only measured resemble trained ones, goal aside: their figures are flattered."""
+
+    def bare(wrapper: Wrapper) -> str:
+        texts = [*(turn.text for turn in wrapper.before), wrapper.text]
+        return " ".join(texts).replace(wrapper.placeholder, " ")
+
+    trained = Goals((bare(wrapper) for wrapper in wrappers if wrapper.role == "seen"), near)
+    close = [wrapper.id for wrapper in wrappers if wrapper.role == "unseen" and trained.is_near(bare(wrapper))]
+    if not close:
+        return []
+    return [f"data.jailbreaks: {len(close)} unseen templates are near a seen one, first {close[0]}"]
 
 
 def notes(part: Part) -> list[str]:

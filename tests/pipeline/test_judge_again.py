@@ -83,6 +83,18 @@ def test_a_second_judge_grades_the_same_replies(run: Path, guard: Path, capsys: 
     assert set(json.loads((run / "judges.json").read_text())) == {f"guard {guard}", "phrases"}
 
 
+def test_replies_of_a_former_measurement_are_refused(run: Path) -> None:
+    from trainer.evaluation.suite import Measurement
+
+    verdicts = run / "stages" / "evaluate-after" / "verdicts.jsonl"
+    verdicts.parent.mkdir(parents=True)
+    Measurement({}, ROWS).write_verdicts(verdicts)
+    judge_again(run, judge_section("phrases", []))
+    Measurement({}, ROWS[1:]).write_verdicts(verdicts)
+    with pytest.raises(UserError, match="replies of evaluate-after are of another measurement than its verdicts"):
+        judge_again(run, judge_section("phrases", []))
+
+
 def test_a_run_without_replies_says_how_to_keep_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="no replies were kept; allowed: a run that was made with --keep-replies"):
         measurements(tmp_path)

@@ -15,7 +15,8 @@ from data_prep.json_lines import read_json_lines
 from data_prep.schema import Conversation
 from trainer.evaluation.agreement import VERDICTS, agreement
 from trainer.evaluation.judges.judge import judge_of
-from trainer.evaluation.suite import judged_metrics
+from trainer.evaluation.paired import read_verdicts
+from trainer.evaluation.suite import JudgedReply, judged_metrics
 from trainer.model.reply import Reply, Verdict
 from trainer.pipeline.measure import HEADLINE, shown
 from trainer.pipeline.replies import measurements, read_replies
@@ -61,6 +62,7 @@ def judge_again(run: Path, section: EvaluateSection) -> dict[str, Any]:
     judge, found, rows = judge_of(section), {}, []
     for label, path in measurements(run).items():
         kept = read_replies(path)
+        _refuse_another_measurement(run, label, [one.row for one in kept])
         verdicts = judge([one.asked for one in kept], [one.reply for one in kept])
         agreed = agreement([one.row.verdict for one in kept], verdicts)
         again = judged_metrics([replace(one.row, verdict=v) for one, v in zip(kept, verdicts, strict=True)])
@@ -77,6 +79,16 @@ def judge_again(run: Path, section: EvaluateSection) -> dict[str, Any]:
         atomic_write(path, json.dumps(known | {_name(section): found}, indent=1))
         say(f"written: {path}")
     return found
+
+
+def _refuse_another_measurement(run: Path, label: str, rows: Sequence[JudgedReply]) -> None:
+    """A measurement that was made again without keeping replies leaves the former ones behind."""
+    verdicts = run / "stages" / label / "verdicts.jsonl"
+    if verdicts.is_file() and read_verdicts(verdicts) != list(rows):
+        raise UserError(
+            f"{run}: the replies of {label} are of another measurement than its verdicts; allowed: those of a run "
+            "with --keep-replies, from its start on (--force)"
+        )
 
 
 def judge_labelled(path: Path, section: EvaluateSection) -> dict[str, Any]:
