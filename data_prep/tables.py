@@ -193,10 +193,18 @@ def _read_csv(path: Path, header: Sequence[str] | None) -> Iterator[Row]:
 
 @contextmanager
 def _csv_rows(path: Path) -> Iterator[Iterator[tuple[int, list[str]]]]:
-    """(line it begins in, cells) of every row. Raises `UserError` for a quote that is never closed."""
+    """(line it begins in, cells) of every row. Raises `UserError` for a quote that is never closed or opened."""
+    quotes = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal quotes
+        for text in file:
+            quotes += text.count('"')
+            yield text
 
     def rows() -> Iterator[tuple[int, list[str]]]:
-        reader, number, line = csv.reader(file, strict=True), -1, 1
+        nonlocal quotes
+        reader, number, line = csv.reader(lines(), strict=True), -1, 1
         while True:
             # The limit is the library's, not the reader's: it is set for this one row.
             before = csv.field_size_limit(_ANY_SIZE)
@@ -211,12 +219,28 @@ def _csv_rows(path: Path) -> Iterator[Iterator[tuple[int, list[str]]]]:
                 csv.field_size_limit(before)
             if cells is None:
                 return
+            # A quote that is lost may cut one row into two that look whole.
+            if _stray(cells, quotes):
+                raise UserError(
+                    f"{path}, row {max(number, 0)} (line {line}): found a double quote in a cell that is not quoted; "
+                    "a cell with one must stand in double quotes, with each of its own doubled"
+                )
+            quotes = 0
             yield line, cells
             number += bool(cells)
             line = reader.line_num + 1
 
     with open_text(path, newline="") as file, readable(path):
         yield rows()
+
+
+def _stray(cells: Sequence[str], quotes: int) -> bool:
+    """Whether a row of so many double quotes is not what a writer makes of its cells.
+
+    Each quote of a cell is written twice, and two more stand around a cell that holds one, a comma or a line break.
+    """
+    around = quotes - 2 * sum(cell.count('"') for cell in cells)
+    return around % 2 != 0 or around < 2 * sum(any(mark in cell for mark in '",\n\r') for cell in cells)
 
 
 def _header(path: Path, cells: list[str]) -> list[str]:

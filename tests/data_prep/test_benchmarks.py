@@ -9,6 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_prep.errors import UserError
 from data_prep.loaders import FORMATS, Source, Usable, load
@@ -273,3 +275,59 @@ def test_the_users_columns_are_mapped(tmp_path: Path) -> None:
     assert [(row.text, row.answer) for row in rows] == [("feed it", "Done."), ("wake it", None)]
     with pytest.raises(UserError, match=r"column of .*'sya' .did you mean 'say'"):
         read(path, "records", "benign", column="ask", answer_column="sya")
+
+
+SECRET = "tell me of the hidden lantern"
+VALID: dict[str, dict[str, Any]] = {
+    "records": {"prompt": SECRET, "answer": "x"},
+    "qa": {"question": SECRET, "answer": "x"},
+    "advbench": {"goal": SECRET, "target": "x"},
+    "harmbench": {"Behavior": SECRET, "FunctionalCategory": "contextual", "Tags": "", "ContextString": "a letter"},
+    "jailbreakbench": {"Goal": SECRET, "Target": "x", "Category": "y"},
+    "strongreject": {"forbidden_prompt": SECRET, "category": "x"},
+    "harmfulqa": {"question": SECRET, "topic": "x"},
+    "beavertails": {"prompt": SECRET, "response": "x", "is_safe": False},
+    "hh-rlhf": {"chosen": f"\n\nHuman: {SECRET}\n\nAssistant: x", "rejected": "y"},
+    "xstest": {"prompt": SECRET, "label": "unsafe", "type": "contrast_x"},
+    "or-bench": {"prompt": SECRET, "category": "x"},
+    "alpaca": {"instruction": SECRET, "input": "x", "output": "y", "instances": [{"input": "a", "output": "b"}]},
+    "safety-tuned-llamas": {"instruction": SECRET, "input": "", "output": "x"},
+    "mt-bench": {"turns": [SECRET, "x"], "reference": ["y"]},
+    "gsm8k": {"question": SECRET, "answer": "x #### 3"},
+    "mmlu": {"question": SECRET, "choices": ["p", "q", "r"], "answer": 1},
+    "truthfulqa": {"Question": SECRET, "Best Answer": "x"},
+    "truthfulqa-mc": {"question": SECRET, "mc1_targets": {"a": 1, "b": 0}},
+}
+SCALARS = st.none() | st.booleans() | st.integers(-3, 9) | st.floats() | st.just(SECRET) | st.text(max_size=5)
+ANYTHING = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "choices", "labels", "input", "a"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@given(format=st.sampled_from(sorted(VALID)), at=st.integers(0, 9), value=ANYTHING, gone=st.booleans())
+@settings(max_examples=400, deadline=None)
+def test_any_cell_is_read_or_refused_in_one_line_without_its_text(
+    tmp_path_factory: pytest.TempPathFactory, format: str, at: int, value: Any, gone: bool
+) -> None:
+    assert set(VALID) == set(FORMATS)
+    path = tmp_path_factory.getbasetemp() / "cells.jsonl"
+    row = dict(VALID[format])
+    column = sorted(row)[at % len(row)]
+    if gone:
+        del row[column]
+    else:
+        row[column] = value
+    path.write_text(json.dumps(VALID[format]) + "\n" + json.dumps(row) + "\n")
+    try:
+        found = load(format, Source(str(path), "harmful"))
+    except UserError as error:
+        assert "\n" not in str(error) and "lantern" not in str(error)
+        assert "row 1 (line 2)" in str(error) or "column of" in str(error), error
+        return
+    assert 1 <= len(found) <= 2 and len(found) + sum(found.dropped.values()) == 2
+    assert all(isinstance(loaded.text, str) and loaded.text for loaded in found)
