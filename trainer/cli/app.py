@@ -65,12 +65,15 @@ def run(
     recipe: RecipeFile,
     overrides: Overrides = None,
     force: Annotated[bool, typer.Option("--force", help="Start anew: empties the run folder.")] = False,
+    keep_replies: Annotated[
+        bool, typer.Option("--keep-replies", help="Keep judged replies in the run folder, for you alone.")
+    ] = False,
 ) -> None:
     """Run a recipe; run it again to resume."""
     loaded = _recipe(recipe, overrides)
     from trainer.pipeline.experiment import opened
 
-    with opened(loaded, force=force) as folder:
+    with opened(loaded, force=force, keep_replies=keep_replies) as folder:
         _method(loaded).run(folder)
 
 
@@ -145,15 +148,34 @@ def evaluate(
     model_or_run: Annotated[str, typer.Argument(help="Hub id, local folder or run folder.", metavar="MODEL_OR_RUN")],
     suite: Annotated[Path, typer.Option(help="The recipe whose data and evaluate sections say what is asked.")],
     overrides: Overrides = None,
+    keep_replies: Annotated[Path | None, typer.Option(help="Keep judged replies in this file, for you alone.")] = None,
 ) -> None:
     """Measure a model or a run's model; prints JSON."""
     _refuse_no_model("evaluate", model_or_run)
     loaded = _recipe(suite, overrides)
     from trainer.pipeline.measure import measure_alone
 
-    measured = measure_alone(loaded, model_or_run)
+    measured = measure_alone(loaded, model_or_run, keep_replies)
     if is_main_process():
         print(json.dumps(measured, indent=2))
+
+
+@app.command()
+def judge(
+    run_or_file: Annotated[
+        Path, typer.Argument(help="A run with kept replies, or a file of labelled ones.", metavar="RUN_OR_FILE")
+    ],
+    overrides: Overrides = None,
+    name: Annotated[str, typer.Option("--with", help="The judge: phrases, guard or endpoint.")] = "phrases",
+) -> None:
+    """Grade kept replies with another judge, or labelled ones; describe it by evaluate.guard.format=... and so on."""
+    from trainer.pipeline.judge_again import judge_again, judge_labelled, judge_section
+
+    section = judge_section(name, overrides or [])
+    if run_or_file.is_file():
+        judge_labelled(run_or_file, section)
+    else:
+        judge_again(run_or_file, section)
 
 
 @app.command()
