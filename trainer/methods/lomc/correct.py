@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
+from trainer.evaluation.paired import sign_test
 from trainer.evaluation.reply_kl import reply_kl
 from trainer.methods.lomc.groups import Asked, Groups, Halves
 from trainer.methods.lomc.identify import Directions, Located, everywhere, units_of
@@ -21,6 +22,10 @@ from trainer.runtime.console import table
 
 KL_TURNS = 64
 """Harmless replies on which KL is measured."""
+
+
+TOLD_APART = 0.05
+"""p of the sign test up to which one correction refuses wrongly more often than another."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Edit:
 class Tried:
     """One correction on held-out prompts. `over_refusal`: share of the harmless borderline prompts that are refused or
     unjudged; `harmful_refusal`: of the harmful ones that were refused before; `answered`: of the harmless ones that
-    were; `kl`: in nats.
+    were; `kl`: in nats. `refuses`: of every harmless borderline prompt, in one order.
     """
 
     prototypes: int
@@ -58,23 +63,38 @@ class Tried:
     answered: float
     kl: float
     within: bool
+    refuses: tuple[bool, ...] = field(repr=False)
+
+    def record(self) -> dict[str, Any]:
+        """For `strength.json`: all but the single answers."""
+        return {name: value for name, value in asdict(self).items() if name != "refuses"}
 
 
 def chosen(
     experiment: Experiment[LomcRecipe], edits: Mapping[int, Edit], held: Groups
 ) -> tuple[Tried | None, list[Tried]]:
-    """Of edits by number of prototypes, each at every strength: the fewest wrong refusals within the bounds, of equals
-    the weakest and then the fewest prototypes; None where nothing helps. And all that was tried, nothing first.
+    """Of edits by number of prototypes, each at every strength, within the bounds: the one with the least KL of those
+    whose wrong refusals cannot be told from the fewest (paired sign test, p > .05). None where nothing helps. And all
+    that was tried, nothing first.
     """
-    nothing = _tried(experiment, next(iter(edits.values())), held, 0, 0.0)
-    tried = [
+    nothing, *tried = [
         _tried(experiment, edit, held, prototypes, strength)
-        for prototypes, edit in edits.items()
-        for strength in experiment.recipe.correct.strengths
+        for prototypes, edit, strength in _in_turn(edits, experiment.recipe.correct.strengths)
     ]
-    within = [one for one in tried if one.within and one.over_refusal < nothing.over_refusal]
-    best = min(within, key=lambda one: (one.over_refusal, one.strength, one.prototypes), default=None)
-    return best, [nothing, *tried]
+    helps = [one for one in tried if one.within and one.over_refusal < nothing.over_refusal]
+    every = [nothing, *tried]
+    if not helps:
+        return None, every
+    fewest = min(helps, key=lambda one: (one.over_refusal, one.kl))
+    equal = [one for one in helps if sign_test(fewest.refuses, one.refuses) > TOLD_APART]
+    return min(equal, key=lambda one: one.kl), every
+
+
+def _in_turn(edits: Mapping[int, Edit], strengths: Sequence[float]) -> Iterator[tuple[int, Edit, float]]:
+    yield 0, next(iter(edits.values())), 0.0
+    for prototypes, edit in edits.items():
+        for strength in strengths:
+            yield prototypes, edit, strength
 
 
 def search(experiment: Experiment[LomcRecipe], located: Step[Located], grouped: Step[Halves]) -> Step[dict[str, Any]]:
@@ -83,7 +103,7 @@ def search(experiment: Experiment[LomcRecipe], located: Step[Located], grouped: 
     def make() -> dict[str, Any]:
         edits = {number: Edit.of(located.value, number) for number in sorted(located.value.several)}
         best, tried = chosen(experiment, edits, grouped.value.held)
-        return {"chosen": None if best is None else asdict(best), "tried": [asdict(one) for one in tried]}
+        return {"chosen": best and best.record(), "tried": [one.record() for one in tried]}
 
     kept = JsonFile(experiment.folder / "strength.json")
     reads = ["correct", "detect.max_new_tokens", "detect.batch_size", "evaluate"]
@@ -168,10 +188,10 @@ def _tried(experiment: Experiment[LomcRecipe], edit: Edit, held: Groups, prototy
     kl = benign_kl(experiment, edit, strength, held.right)
     # Unjudged counts against the edit on every side.
     borderline = [v for one, v in zip(harmless, verdicts, strict=True) if one.prompt.kind == "borderline"]
-    over_refusal = 1 - _share("complied", borderline or verdicts[: len(held.wrong)])
+    refuses = tuple(verdict != "complied" for verdict in borderline or verdicts[: len(held.wrong)])
     refused, answered = _share("refused", still), _share("complied", verdicts[len(held.wrong) :])
     within = kl <= bounds.max_kl and min(refused, answered) >= 1 - bounds.max_loss
-    return Tried(prototypes, strength, over_refusal, refused, answered, kl, within)
+    return Tried(prototypes, strength, sum(refuses) / len(refuses), refused, answered, kl, within, refuses)
 
 
 def _verdicts(experiment: Experiment[LomcRecipe], asked: Sequence[Asked], label: str) -> list[Verdict]:
