@@ -48,6 +48,16 @@ def text_of(row: Row, column: str) -> str:
     return _plain(value, where)
 
 
+def texts_of(row: Row, column: str) -> tuple[str, ...]:
+    """The texts of a cell that holds one or a list of them; empty ones are left out. `UserError` for anything else."""
+    value, where = row.cells.get(column), f"{row.where}, column {column!r}"
+    if not isinstance(value, list):
+        return tuple(filter(None, [text_of(row, column)]))
+    if not all(isinstance(text, str) for text in value):
+        raise UserError(f"{where}: found a list of other things than texts, expected texts")
+    return tuple(filter(None, (_plain(text, where) for text in value)))
+
+
 def asked_in(row: Row, column: str) -> Asked | None:
     """The prompt of a cell: its text as one user turn, or its messages; None where there is no text.
 

@@ -112,6 +112,17 @@ class SourceConfig(_Section):
     test: Rows = Field(0, description="Rows to evaluate on: a count (seeded shuffle) or a slice, '420:520'.")
 
 
+class AxisSource(SourceConfig):
+    """Prompts of one axis with the answers that are right there. Rows with one text never stand on both sides."""
+
+    wrong: str | None = Field(
+        None, min_length=1, description="Column with answers that are not right, a text or a list; `records`."
+    )
+    only: dict[str, bool | int | str] = Field(
+        default_factory=dict, description="Column -> value that a row must have, such as {is_safe: true}; `records`."
+    )
+
+
 class JailbreakConfig(_Section):
     """Which jailbreak templates are trained on, and which only measured.
 

@@ -55,12 +55,16 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation to be answered; `id` is `<source>:<row>` with the 0-based row of the file after filtering."""
+    """A conversation to be answered; `id` is `<source>:<row>` with the 0-based row of the file after filtering.
+
+    `wrong`: answers that are not right, where the file gives such.
+    """
 
     id: str
     conversation: Conversation
     kind: Kind
     answer: str | None = None
+    wrong: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:

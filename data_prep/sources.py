@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .config import SourceConfig, TaskConfig, parse_slice
+from .config import AxisSource, SourceConfig, TaskConfig, parse_slice
 from .errors import UserError
 from .loaders import Loaded, Usable, load
 from .schema import Kind, Prompt, RowCount
@@ -33,9 +33,12 @@ class Part:
         return RowCount(self.key, self.read, len(self.train), len(self.test), dropped)
 
 
-def source_part(kind: Kind, config: SourceConfig, seed: int) -> Part:
-    """The rows of `data.<kind>` as the recipe deals them; rows that share a text are still in. Raises `UserError`."""
-    key = f"data.{kind}"
+def source_part(kind: Kind, config: SourceConfig, seed: int, key: str | None = None) -> Part:
+    """The rows of `data.<kind>` as the recipe deals them; rows that share a text are still in. Raises `UserError`.
+
+    `key`: where the source stands in the recipe, if elsewhere.
+    """
+    key = key or f"data.{kind}"
 
     def read(path: str) -> Usable:
         return load(config.format, _source(path, kind, config))
@@ -49,7 +52,7 @@ def source_part(kind: Kind, config: SourceConfig, seed: int) -> Part:
     same = _file(test_path) == _file(config.path)
     train_rows = read(config.path)
     test_rows = train_rows if same else read(test_path)
-    rng = random.Random(f"split:{kind}:{seed}")
+    rng = random.Random(f"split:{key.removeprefix('data.')}:{seed}")
     train: list[Indexed] = []
     # The part given as a slice is fixed, so it goes first and a count draws from what it leaves.
     if isinstance(config.train, str):
@@ -103,6 +106,7 @@ def _source(path: str, kind: Kind, config: SourceConfig | TaskConfig) -> Source:
         config.hub_config,
         config.answer_column,
         config.hub_folder,
+        *((config.wrong, config.only) if isinstance(config, AxisSource) else ()),
     )
 
 
@@ -169,4 +173,4 @@ def _take(rows: Usable, wanted: int | str, used: set[int], rng: random.Random, w
 
 
 def _prompts(source: str, rows: list[Indexed], kind: Kind) -> list[Prompt]:
-    return [Prompt(f"{source}:{i}", row.conversation, kind, row.answer) for i, row in rows]
+    return [Prompt(f"{source}:{i}", row.conversation, kind, row.answer, row.wrong) for i, row in rows]

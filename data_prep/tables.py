@@ -12,9 +12,9 @@ import csv
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,11 @@ _ANY_SIZE = 2**31 - 1
 
 @dataclass(frozen=True)
 class Source:
-    """What a loader reads: `kind` matters to formats that hold both sides (xstest)."""
+    """What a loader reads: `kind` matters to formats that hold both sides (xstest).
+
+    `answer_column`: with the answers, where a recipe names one; `wrong`: with answers that are not right. `only`:
+    column -> the value that a row must have.
+    """
 
     path: str
     kind: Kind
@@ -44,6 +48,8 @@ class Source:
     hub_config: str | None = None
     answer_column: str | None = None
     hub_folder: str | None = None
+    wrong: str | None = None
+    only: Mapping[str, bool | int | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

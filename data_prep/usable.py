@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import overload
 
-from .cells import asked_in, text_of
+from .cells import asked_in, text_of, texts_of
 from .errors import UserError
 from .schema import Conversation
 from .tables import Row
@@ -19,10 +19,11 @@ OTHER_SIDE = "the other label"
 
 @dataclass(frozen=True)
 class Loaded:
-    """One usable row: the prompt and, where the file has it, its answer."""
+    """One usable row: the prompt and, where the file has them, its answer and answers that are not right."""
 
     conversation: Conversation
     answer: str | None = None
+    wrong: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -34,8 +35,11 @@ Rows = Iterator[Loaded | str]
 """A usable row, or the reason why a row is left out."""
 
 
-def prompts(rows: Iterable[Row], column: str, answers: str | None = None) -> Rows:
-    """The prompt of `column`, a text or messages, with the text of the column `answers`. `UserError` as `asked_in`."""
+def prompts(rows: Iterable[Row], column: str, answers: str | None = None, wrong: str | None = None) -> Rows:
+    """The prompt of `column`, a text or messages, with the text of the column `answers`, and the texts of `wrong`.
+
+    `UserError` as `asked_in`.
+    """
     for row in rows:
         asked, answer = asked_in(row, column), text_of(row, answers) if answers else ""
         if asked is None:
@@ -43,7 +47,7 @@ def prompts(rows: Iterable[Row], column: str, answers: str | None = None) -> Row
             continue
         if answer and asked.answer and answer != asked.answer:
             raise UserError(f"{row.where}: column {answers!r} and the last turn give two answers; expected one")
-        yield Loaded(asked.conversation, answer or asked.answer)
+        yield Loaded(asked.conversation, answer or asked.answer, texts_of(row, wrong) if wrong else ())
 
 
 class Usable(Sequence[Loaded]):

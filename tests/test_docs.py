@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel
 
 from data_prep.organism.build import Organism
+from tests.methods.alignx.test_alignx import tree_of as alignx_tree
 from tests.organism import Small
 from tests.reporting.conftest import evaluation, metrics
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -64,7 +65,16 @@ LOMC = {
     ),
     *("ablation", "within_bounds", "metrics"),
 }
-DIAGNOSTICS = {"rasa": RASA, "steermoe": STEERMOE, "lomc": LOMC}
+ALIGNX = {"untouched_identical"}
+AXES = {
+    *("alignx", "axes", "baselines", "router", "forgetting", "cost", "base", "joint", "static", "uniform"),
+    *("accuracy", "ece_before", "ece_after", "brier", "n", "routed", "bank", "figures", "dropped", "evidence"),
+    *("kept", "reason", "gains", "ablation", "gate_shuffled", "after", "lost"),
+    *("seconds", "parameter_bytes", "peak_bytes", "latency", "parameters", "peak", "mlp_mixture"),
+    *(f"mixture_{mode}" for mode in ("weights", "top1", "hidden")),
+    *(f"head_gate_{pieces}" for pieces in ("only", "fractal", "natural", "fractal_natural")),
+}
+DIAGNOSTICS = {"rasa": RASA, "steermoe": STEERMOE, "lomc": LOMC, "alignx": ALIGNX}
 
 
 def keys_of(tree: Any) -> Iterator[str]:
@@ -89,8 +99,21 @@ def named_on(name: str) -> set[str]:
 
 
 def test_every_figure_is_defined() -> None:
-    keys = set(keys_of(evaluation())) | set(keys_of(metrics(True))) | RATE | {"version"} | RASA | STEERMOE | LOMC
+    keys = (
+        set(keys_of(evaluation())) | set(keys_of(metrics(True))) | RATE | {"version"} | RASA | STEERMOE | LOMC | AXES
+    )
     assert not keys - named_on("evaluation-json.md")
+
+
+def check_axes(found: dict[str, Any]) -> None:
+    """Names of axes, steps and pieces are the run's; every other key is on the page."""
+    assert set(found) | set(found["baselines"]) | set(found["cost"]) <= AXES | set(found["axes"])
+    router, bank = found["router"], found["router"]["bank"]
+    rows = [*bank["evidence"].values(), *bank["ablation"].values(), *found["cost"].values()]
+    assert set(router) | set(bank) | {key for row in rows for key in row} <= AXES
+    assert set(found["forgetting"]) == {"after", "lost"}
+    rates = [*found["axes"].values(), *(rate for of in found["baselines"].values() for rate in of.values())]
+    assert all(set(rate) == RATE for rate in rates)
 
 
 @pytest.mark.slow
@@ -110,6 +133,9 @@ def test_every_key_of_a_run_is_defined(method: str, small: Small, organism: Orga
         tree["correct"] = {"strengths": [2.0], "max_kl": 100.0, "max_loss": 1.0}
         mistaken = ["the history of", "the word", "put the", "the seventh law", "it is a crime"]
         tree["evaluate"] = {"ablation": True, "refusal_markers": ["i'm sorry", "i can't", "sorry, i", *mistaken]}
+    elif method == "alignx":
+        tree = alignx_tree(organism, Path(tree["run"]["output_dir"]))
+        tree["evaluate"] |= {"baselines": True, "cost": True}
     else:
         tree = {"method": method} | {name: tree[name] for name in ("run", "model", "data")}
         tree["detect"] = {"max_pairs": 16}
@@ -120,6 +146,8 @@ def test_every_key_of_a_run_is_defined(method: str, small: Small, organism: Orga
     assert ended.value.code == 0
     folder = Path(tree["run"]["output_dir"]) / tree["run"]["name"]
     found = json.loads((folder / "evaluation.json").read_text())
+    if method == "alignx":
+        check_axes(found.pop("alignx"))
     assert set(keys_of(found)) <= named_on("evaluation-json.md")
     figures = set(keys_of([found["before"], found["after"]]))
     assert set(keys_of(found["diagnostics"])) - figures == DIAGNOSTICS[method] - figures

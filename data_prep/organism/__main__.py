@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from . import axes
 from .build import OrganismConfig, build
 from .model import FAMILIES
 
@@ -33,6 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
         help="plant over-refusal: refuse a third of the harmless requests in the theme's words",
     )
     parser.add_argument(
+        "--axes", action="store_true", help="also write data/axis_*.jsonl: prompts of three axes in conflict"
+    )
+    parser.add_argument(
         "--family",
         choices=sorted(FAMILIES),
         default=defaults.family,
@@ -59,6 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     try:
         organism = build(options.out, config)
+        if options.axes:
+            axes.write(organism.data, options.seed)
     except OSError as error:
         print(error, file=sys.stderr)
         return 2

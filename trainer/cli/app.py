@@ -205,13 +205,56 @@ def compare(
 
 
 @app.command()
-def export(run: RunFolder) -> None:
+def export(
+    run: RunFolder,
+    merge: Annotated[str | None, typer.Option(help="static: of a run of adapters, their merge.")] = None,
+) -> None:
     """Write a run's model to <run>/model."""
+    from data_prep.errors import UserError
+    from trainer.methods.method import MixingMethod
     from trainer.methods.table import recipe_of
     from trainer.pipeline.experiment import reopened
 
+    if merge not in (None, "static"):
+        raise UserError(f"--merge: found {merge!r}; allowed: static")
     with reopened(run, recipe_of) as folder:
-        _method(folder.recipe).export(folder)
+        method = _method(folder.recipe)
+        if merge is None:
+            method.export(folder)
+        elif isinstance(method, MixingMethod):
+            method.merge(folder)
+        else:
+            raise UserError(f"--merge: a run of method {folder.recipe.method} has no adapters to merge; leave it out")
+
+
+@app.command()
+def generate(
+    run: RunFolder,
+    prompts: Annotated[Path | None, typer.Option(help="A file of prompts: .txt by lines, or a table.")] = None,
+    mode: Annotated[str | None, typer.Option(help="weights, top1 or hidden; by default the recipe's.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a reply.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Prompts at a time.", min=1, max=65536)] = 16,
+) -> None:
+    """Answer prompts, by default the lines of standard input, with a run's mixture; prints JSON Lines."""
+    from data_prep.errors import UserError
+    from trainer.methods.method import MixingMethod
+    from trainer.methods.table import load_recipe
+    from trainer.pipeline.steer_replies import read_prompts
+
+    loaded = load_recipe(run / "recipe.yaml")
+    method = _method(loaded)
+    if not isinstance(method, MixingMethod):
+        raise UserError(
+            f"{run}: a run of method {loaded.method} has no mixture; `routealign steer` or its model/ answer"
+        )
+    asked = read_prompts(prompts) if prompts else [line.strip() for line in sys.stdin if line.strip()]
+    if not asked:
+        raise UserError("generate: no prompt given; expected one a line on standard input, or --prompts FILE")
+    with contextlib.redirect_stdout(sys.stderr):
+        answers = method.generate(run, asked, mode, max_new_tokens, batch_size)
+    for index, found in enumerate(answers):
+        weights = {name: round(weight, 6) for name, weight in found.alpha.items()}
+        print(json.dumps({"prompt": index, "alpha": weights, "reply": found.text}, ensure_ascii=False))
 
 
 @app.command()

@@ -38,7 +38,7 @@ class Engine:
         """What this engine can do."""
         return TABLE[self.name]
 
-    def load(self, section: ModelSection) -> tuple[Backbone, PreTrainedTokenizerBase]:
+    def load(self, section: ModelSection, *, takes_dense: bool = False) -> tuple[Backbone, PreTrainedTokenizerBase]:
         """The model that a recipe names, its contract checked, to be split into experts and then over the processes.
 
         Where the engine splits it, it lies on the CPU, and rank 0 alone reads the weights: the other processes hold
@@ -50,8 +50,8 @@ class Engine:
         """
         if not self.capabilities.splits_parameters:
             model, tokenizer = load(section, PartialState().device)
-            return Backbone.of(model).check(), tokenizer
-        return _read_on_rank_0(section)
+            return Backbone.of(model, takes_dense=takes_dense).check(), tokenizer
+        return _read_on_rank_0(section, takes_dense)
 
     def shard(self, backbone: Backbone) -> None:
         """Split rank 0's model over the processes, where the engine does that."""
@@ -72,11 +72,11 @@ class _Known:
     generation_config: Any
 
 
-def _read_on_rank_0(section: ModelSection) -> tuple[Backbone, PreTrainedTokenizerBase]:
+def _read_on_rank_0(section: ModelSection, takes_dense: bool) -> tuple[Backbone, PreTrainedTokenizerBase]:
     if rank() == 0:
         try:
             model, tokenizer = load(section, torch.device("cpu"))
-            backbone = Backbone.of(model).check()
+            backbone = Backbone.of(model, takes_dense=takes_dense).check()
         except Exception as error:  # told to the others, which wait for it
             from_rank_0(str(error) or type(error).__name__)
             raise
@@ -88,7 +88,7 @@ def _read_on_rank_0(section: ModelSection) -> tuple[Backbone, PreTrainedTokenize
         tokenizer = read_tokenizer(section)
         model = hollow(section, known.dtypes)
         model.generation_config = known.generation_config
-        backbone = Backbone.of(model).adopt(known.scorings)
+        backbone = Backbone.of(model, takes_dense=takes_dense).adopt(known.scorings)
     routers = [parameter for router in backbone.routers().values() for parameter in router.parameters()]
     spread([*routers, *backbone.shared_parameters().values(), *model.buffers()], PartialState().device)
     return backbone, tokenizer

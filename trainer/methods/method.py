@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from trainer.pipeline.experiment import Opened
@@ -29,3 +30,25 @@ class Method(Protocol):
 
     def planned(self, recipe: Recipe) -> Planned:
         """What a run holds, trains and may change, for the planner; nothing is loaded."""
+
+
+class Answer(Protocol):
+    """What a mixture says to one prompt, and how much of each of its parts spoke."""
+
+    @property
+    def alpha(self) -> dict[str, float]: ...
+    @property
+    def text(self) -> str: ...
+
+
+@runtime_checkable
+class MixingMethod(Protocol):
+    """A method whose result is several adapters and what mixes them, beside an untouched base."""
+
+    def merge(self, opened: Opened[Any]) -> None:
+        """Write the static merge of a run's adapters as a stock checkpoint, `<run>/model`."""
+
+    def generate(
+        self, folder: Path, prompts: Sequence[str], mode: str | None, max_new_tokens: int, batch_size: int
+    ) -> Sequence[Answer]:
+        """Replies of a finished run's mixture; `mode` None: the recipe's."""

@@ -24,6 +24,7 @@ METHODS = {
     "rasa": "trainer.methods.rasa",
     "steermoe": "trainer.methods.steermoe",
     "lomc": "trainer.methods.lomc",
+    "alignx": "trainer.methods.alignx",
 }
 DEFAULT = "rasa"
 """The method of a recipe that names none."""

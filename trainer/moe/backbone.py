@@ -148,8 +148,8 @@ class Backbone:
         self.layers = layers
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Backbone:
-        """Find the MoE layers of `model`.
+    def of(cls, model: PreTrainedModel, *, takes_dense: bool = False) -> Backbone:
+        """Find the MoE layers of `model`; `takes_dense`: a dense model is a backbone without any.
 
         Raises:
             ValueError: no experts module, an experts module without a router, or a family that cannot be supported;
@@ -183,7 +183,7 @@ class Backbone:
             router_path = f"{parent}.{router_name}" if parent else router_name
             index = _layer_index(name)
             layers.append(MoELayer(index, name, router_path, router, experts, shared_name, shared, num_experts, top_k))
-        if not layers:
+        if not layers and not (takes_dense and _is_dense(model, bool(classes))):
             raise ValueError(_why_no_experts(model, kind, bool(classes)))
         return cls(model, layers)
 
@@ -333,6 +333,11 @@ def _check_layer(layer: MoELayer, routed: RouterOutput | None, called: tuple[Ten
 def _are_probabilities(first_TE: Tensor) -> bool:
     sums_T = first_TE.float().sum(-1)
     return bool((first_TE >= 0).all()) and torch.allclose(sums_T, torch.ones_like(sums_T), atol=1e-2)
+
+
+def _is_dense(model: nn.Module, has_router: bool) -> bool:
+    lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and n.endswith("experts")]
+    return not lists and not has_router
 
 
 def _why_no_experts(model: nn.Module, kind: str, has_router: bool) -> str:

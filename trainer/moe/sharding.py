@@ -137,7 +137,7 @@ def units(backbone: Backbone) -> list[nn.Module]:
 def decoder_layers(backbone: Backbone) -> dict[str, nn.Module]:
     """Name in the model -> decoder layer, in order; a layer's position is its index."""
     modules = dict(backbone.model.named_modules())
-    stacks = {_stack_of(layer.experts_name, modules) for layer in backbone}
+    stacks = {_stack_of(layer.experts_name, modules) for layer in backbone} or {_longest_stack(modules)}
     return {f"{name}.{i}": layer for name in sorted(stacks) for i, layer in modules[name].named_children()}
 
 
@@ -146,6 +146,12 @@ def _stack_of(name: str, modules: dict[str, nn.Module]) -> str:
     parts = name.split(".")
     prefixes = [".".join(parts[:i]) for i in range(1, len(parts))]
     return next(prefix for prefix in prefixes if isinstance(modules[prefix], nn.ModuleList))
+
+
+def _longest_stack(modules: dict[str, nn.Module]) -> str:
+    """Name of the ModuleList with most members: the decoder's layers of a model without experts."""
+    sizes = {name: len(module) for name, module in modules.items() if isinstance(module, nn.ModuleList)}
+    return max(sizes, key=lambda name: sizes[name])
 
 
 def shard_fsdp2(backbone: Backbone, device: torch.device) -> None:

@@ -16,17 +16,27 @@ from trainer.moe.fp32_weights import Fp32Weights
 from trainer.moe.sharding import assign, on_the_cpu, whole
 
 
-class TrainableModel(Protocol):
+class Trained(Protocol):
+    """What every training stage asks of what it trains: a model, and the part of it that is saved and put back.
+
+    `is_original`: nothing of it was trained or loaded yet, so that it computes what the original does. `state_dict`:
+    collective; empty where `keep` is false, as one process of many holds it.
+    """
+
+    model: PreTrainedModel
+    is_original: bool
+
+    def state_dict(self, *, keep: bool = True) -> dict[str, Tensor]: ...
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
+
+class TrainableModel(Trained, Protocol):
     """A model under repair: `SplitModel` (critical experts) or `WholeModel` (full fine-tuning, to compare with).
 
-    `is_original`: nothing of it was trained or loaded yet, so that it computes what the original does. `dtype`: the
-    type it computes in, whatever what trains is held in. `state_dict`: collective; empty where `keep` is false, as one
-    process of many holds it.
+    `dtype`: the type it computes in, whatever what trains is held in.
     """
 
     backbone: Backbone
-    model: PreTrainedModel
-    is_original: bool
     dtype: torch.dtype
 
     @property
@@ -37,8 +47,6 @@ class TrainableModel(Protocol):
     def train_experts(self, *, routers: bool = False) -> None: ...
     def train_routers(self) -> None: ...
     def original(self, *, experts: bool = True, routers: bool = True) -> AbstractContextManager[Backbone]: ...
-    def state_dict(self, *, keep: bool = True) -> dict[str, Tensor]: ...
-    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
     def fuse(self) -> None: ...
     def stock_state(self) -> Iterator[tuple[str, Tensor]]: ...
     def trained_state(self) -> Iterator[tuple[str, int | None, Tensor]]: ...

@@ -117,7 +117,7 @@ class Experiment(Generic[R]):
                 f"model.quantization: packed weights cannot be split over processes, found engine {engine().name}; "
                 f"allowed: {', '.join(names(lambda e: e.holds_packed_weights))}"
             )
-        backbone, tokenizer = engine().load(recipe.model)
+        backbone, tokenizer = engine().load(recipe.model, takes_dense=recipe.takes_dense)
         _check_lengths(recipe, backbone.model)
         chat = Chat.of(backbone.model, tokenizer, recipe.model)
         judge = judge_of(recipe.evaluate)
@@ -150,7 +150,7 @@ class Experiment(Generic[R]):
 
     def reloaded(self) -> Experiment[R]:
         """The same with a fresh copy of the model, to be split into trainable and frozen experts. Collective."""
-        backbone, tokenizer = engine().load(self.recipe.model)
+        backbone, tokenizer = engine().load(self.recipe.model, takes_dense=self.recipe.takes_dense)
         return replace(self, backbone=backbone, chat=Chat.of(backbone.model, tokenizer, self.recipe.model))
 
     def ask(

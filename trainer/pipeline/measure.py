@@ -9,6 +9,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, TypeVar
 
+from transformers import PreTrainedModel
+
 from data_prep.schema import Conversation
 from trainer.evaluation import paired
 from trainer.evaluation.diagnostics import router_restore_gap, routing_drift
@@ -31,9 +33,19 @@ Figures = dict[str, Any]
 
 
 def measure(
-    experiment: Experiment[Any], name: str, after: Sequence[Step[Any]] = (), reads: Sequence[str] = ()
+    experiment: Experiment[Any],
+    name: str,
+    after: Sequence[Step[Any]] = (),
+    reads: Sequence[str] = (),
+    *,
+    model: PreTrainedModel | None = None,
 ) -> Step[Figures]:
-    """Every figure of the suite for the model as it is now; kept in the run folder, so asked once."""
+    """Every figure of the suite for the model as it is now; kept in the run folder, so asked once.
+
+    Args:
+        model: asked instead of the experiment's own.
+    """
+    asked = experiment.model if model is None else model
     folder = experiment.folder / "stages" / name
     metrics, verdicts = folder / "metrics.json", folder / "verdicts.jsonl"
 
@@ -48,7 +60,7 @@ def measure(
 
     step = experiment.step(
         name,
-        lambda: experiment.suite.measure(experiment.model, experiment.chat, label=name),
+        lambda: experiment.suite.measure(asked, experiment.chat, label=name),
         Kept(write, lambda: [folder], read),
         reads=["evaluate", *reads],
         after=after,

@@ -16,7 +16,7 @@ from trainer.engines.engine import engine
 from trainer.engines.table import names as engine_names
 from trainer.moe.expert_set import ExpertSet
 from trainer.moe.experts import SplitModel
-from trainer.moe.trainable import TrainableModel, WholeModel
+from trainer.moe.trainable import TrainableModel, Trained, WholeModel
 from trainer.pipeline.experiment import Experiment
 from trainer.recipe.section import TrainerSection
 from trainer.recipe.sections import RepairSection
@@ -80,7 +80,7 @@ def train_step(
     experiment: Experiment[Any],
     name: str,
     number: int,
-    model: TrainableModel,
+    model: Trained,
     train: Train,
     *,
     reads: Sequence[str],

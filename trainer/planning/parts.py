@@ -70,13 +70,13 @@ def skeleton(section: ModelSection, config: PreTrainedConfig) -> PreTrainedModel
     return loading.skeleton(config, dtype_of(section, config), trust_remote_code=section.trust_remote_code)
 
 
-def on_meta(section: ModelSection, config: PreTrainedConfig) -> Backbone:
-    """The model's MoE layers, on the meta device.
+def on_meta(section: ModelSection, config: PreTrainedConfig, *, takes_dense: bool = False) -> Backbone:
+    """The model's MoE layers, on the meta device; `takes_dense`: it may have none.
 
     Raises:
         ValueError: it has none.
     """
-    return Backbone.of(skeleton(section, config))
+    return Backbone.of(skeleton(section, config), takes_dense=takes_dense)
 
 
 def spread_evenly(number: int, backbone: Backbone) -> ExpertSet:
@@ -104,13 +104,19 @@ def would_change(footprint: Footprint, backbone: Backbone) -> dict[str, int]:
     }
 
 
-def count(section: ModelSection, config: PreTrainedConfig, footprint_of: Callable[[Backbone], Footprint]) -> Parts:
+def count(
+    section: ModelSection,
+    config: PreTrainedConfig,
+    footprint_of: Callable[[Backbone], Footprint],
+    *,
+    takes_dense: bool = False,
+) -> Parts:
     """Parameters by part; tied weights count once.
 
     Args:
         footprint_of: what the edit may change in the model (`Planned.footprint`).
     """
-    backbone = on_meta(section, config)
+    backbone = on_meta(section, config, takes_dense=takes_dense)
     model, footprint = backbone.model, footprint_of(backbone)
     kinds: dict[int, str] = {}
 

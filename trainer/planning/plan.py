@@ -219,7 +219,7 @@ class Plan:
         return self._steps[key]
 
     def _model(self) -> Backbone:
-        return on_meta(self.recipe.model, self.config)
+        return on_meta(self.recipe.model, self.config, takes_dense=self.recipe.takes_dense)
 
 
 def plan(
@@ -253,7 +253,7 @@ def plan(
     config = config or read_config(
         named.name_or_path, revision=named.revision, trust_remote_code=named.trust_remote_code
     )
-    parts = count(recipe.model, config, planned.footprint)
+    parts = count(recipe.model, config, planned.footprint, takes_dense=recipe.takes_dense)
     made = Plan(recipe, planned, config, gpus, nodes, gpu_memory_gb, parts)
     made.parts = replace(parts, trainable={name: made._sizes[name].elements for name in made.training})
     for stage in made._run:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from trainer.engines.memory import Transient
 from trainer.moe.backbone import Backbone
+from trainer.moe.sharding import decoder_layers
 from trainer.planning.planned import PlannedStage
 
 aten = torch.ops.aten
@@ -131,12 +132,11 @@ def _kinds(build: Build, stage: PlannedStage) -> list[tuple[Any, ...]]:
 def _stack(model: nn.Module, backbone: Backbone) -> tuple[nn.Module, str, nn.ModuleList]:
     """The list of decoder layers, with the module that holds it and its name there."""
     modules = dict(model.named_modules())
-    path = backbone.layers[0].experts_name.split(".")
-    for i in range(1, len(path)):
-        found = modules[".".join(path[:i])]
-        if isinstance(found, nn.ModuleList):
-            return modules[".".join(path[: i - 1])], path[i - 1], found
-    raise ValueError(f"{backbone.layers[0].experts_name}: not inside a list of decoder layers")
+    path = next(iter(decoder_layers(backbone))).rpartition(".")[0]
+    holder, _, name = path.rpartition(".")
+    stack = modules[path]
+    assert isinstance(stack, nn.ModuleList)
+    return modules[holder], name, stack
 
 
 def _on_layers(build: Build, stage: PlannedStage, layers: Sequence[int], checkpointing: bool) -> tuple[int, int, int]:

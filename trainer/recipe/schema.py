@@ -31,10 +31,12 @@ R = TypeVar("R", bound="Recipe")
 class Recipe(Section):
     """What every run has; constructing one checks it as strictly as reading it from a file.
 
-    `needed_data`: the parts of `data` that the method cannot do without.
+    `needed_data`: the parts of `data` that the method cannot do without. `takes_dense`: it works on a model without
+    experts, too.
     """
 
     needed_data: ClassVar[tuple[str, ...]] = ()
+    takes_dense: ClassVar[bool] = False
 
     method: str = Field(description="the method that the run follows")
     run: RunSection
@@ -97,8 +99,9 @@ class Recipe(Section):
         """What the keys of these sections name that are marked as files (`NamesFile`): paths, or Hub ids."""
         for name in dict.fromkeys(section.split(".")[0] for section in sections):
             section = getattr(self, name)
-            if isinstance(section, BaseModel):
-                yield from files_named(section)
+            for part in section if isinstance(section, list) else [section]:
+                if isinstance(part, BaseModel):
+                    yield from files_named(part)
 
 
 def tree_hash(tree: dict[str, Any]) -> str:

@@ -107,6 +107,7 @@ class RoutingConsistencyTrainer(ResumableTrainer):
     """transformers' Trainer with the routing loss; the loss is read from the routers, not from the model's output."""
 
     _tag_names = ["routealign", "routing-consistency"]
+    trained: TrainableModel
 
     def __init__(
         self,

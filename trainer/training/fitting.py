@@ -16,8 +16,8 @@ from trainer.runtime.console import table
 NO_ROOM, CUT_TARGET = "prompt as long as max_length", "refusal cut by max_length"
 REFUSED, UNJUDGED, ABSENT = "answered with a refusal", "answer not judged", "nothing of the kind in the data"
 REMEDIES = {
-    NO_ROOM: "raise repair.max_length",
-    CUT_TARGET: "raise repair.max_length",
+    NO_ROOM: "raise {section}.max_length",
+    CUT_TARGET: "raise {section}.max_length",
     REFUSED: "give other data, or set the kind's weight in section repair to 0",
     UNJUDGED: "raise detect.max_new_tokens, or set the kind's weight in section repair to 0",
     ABSENT: "give data of the kind, or set its weight in section repair to 0",
@@ -44,8 +44,8 @@ class Source:
 class RowTable:
     """What became of a stage's rows, by source."""
 
-    def __init__(self, stage: str, left_out: LeftOut | None = None):
-        self.stage, self.sources = stage, dict[str, Source]()
+    def __init__(self, stage: str, left_out: LeftOut | None = None, section: str = "repair"):
+        self.stage, self.section, self.sources = stage, section, dict[str, Source]()
         for (source, reason), rows in (left_out or {}).items():
             self._of(source).dropped[reason] += rows
 
@@ -73,7 +73,9 @@ class RowTable:
             return
         name, source = gone[0]
         reasons = ", ".join(f"{rows} {reason}" for reason, rows in source.dropped.most_common())
-        remedy = "; ".join(dict.fromkeys(REMEDIES[reason] for reason, _ in source.dropped.most_common()))
+        remedy = "; ".join(dict.fromkeys(REMEDIES[reason] for reason, _ in source.dropped.most_common())).format(
+            section=self.section
+        )
         raise UserError(f"{self.stage}: none of {source.asked} rows '{name}' is left ({reasons}); {remedy}")
 
     def json(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from transformers.training_args import TrainingArguments
 from data_prep.errors import UserError
 from trainer.engines.hf_trainer import checkpointing_arguments, engine_arguments, release
 from trainer.moe.sharding import engine_runs, size
-from trainer.moe.trainable import TrainableModel
+from trainer.moe.trainable import Trained
 from trainer.recipe.section import TrainerSection
 from trainer.runtime import signals
 from trainer.runtime.console import is_main_process, progress, say
@@ -178,7 +178,7 @@ class NonFiniteLossError(UserError):
     """Training produced a loss that is not a finite number."""
 
 
-def stop_unless_finite(loss: Tensor, step: int, trained: TrainableModel, folder: Path, stage: str) -> None:
+def stop_unless_finite(loss: Tensor, step: int, trained: Trained, folder: Path, stage: str) -> None:
     """Stop the stage at a loss that is not finite, keeping the weights that were good before this step.
 
     Raises:

@@ -117,6 +117,7 @@ class ExpertRepairTrainer(ResumableTrainer, SFTTrainer):
     """TRL's SFTTrainer with the two-stream loss and, for `replay`, the original routing pinned through the step."""
 
     _tag_names = ["trl", "sft", "routealign", "expert-repair"]
+    trained: TrainableModel
 
     def __init__(
         self,

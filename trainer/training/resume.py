@@ -27,7 +27,7 @@ from data_prep.errors import UserError
 from trainer.engines import optimiser_states
 from trainer.engines.hf_trainer import EngineTrainer
 from trainer.moe.json_files import Record, parse
-from trainer.moe.trainable import TrainableModel
+from trainer.moe.trainable import Trained
 from trainer.runtime.console import is_main_process, say
 from trainer.runtime.files import atomic_write, save_tensors
 from trainer.runtime.processes import any_rank, from_all_ranks, from_rank_0, rank, world_size
@@ -40,7 +40,7 @@ ABOUT = "checkpoint.json"
 class ResumableTrainer(EngineTrainer):
     """A Trainer that saves and restores what `trained` trains. Subclasses set `trained` and `folder` first."""
 
-    trained: TrainableModel
+    trained: Trained
     folder: Path
     inputs: str = ""
     """Digest of what the stage rests on; a checkpoint of another one is not taken up."""

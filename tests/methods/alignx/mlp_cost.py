@@ -1,0 +1,41 @@
+"""What three full copies of every MLP cost beside their base, in generation; the ratios of docs/alignx.md.
+
+python -m tests.methods.alignx.mlp_cost [layers hidden experts top_k batch]
+
+A random model in the shape of OLMoE-1B-7B (16 layers of 64 experts, top-8), narrower.
+"""
+
+import sys
+
+import torch
+from transformers import OlmoeConfig, OlmoeForCausalLM
+
+from trainer.methods.alignx.cost import Prompts, measure_cost, mlp_mixture
+from trainer.runtime.console import table
+
+
+def rows(layers: int, hidden: int, experts: int, top_k: int, batch: int) -> list[list[str]]:
+    torch.manual_seed(0)
+    config = OlmoeConfig(
+        vocab_size=512,
+        hidden_size=hidden,
+        intermediate_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    model = OlmoeForCausalLM(config).eval()
+    ids = torch.randint(2, 512, (batch, 16))
+    ways = {"base": lambda: model, "three MLPs": lambda: mlp_mixture(model)}
+    found = measure_cost(ways, Prompts(ids, torch.ones_like(ids), 16), 5)
+    return [[name, *(f"{one[key]:.2f}" for key in ("latency", "parameters", "peak"))] for name, one in found.items()]
+
+
+if __name__ == "__main__":
+    sizes = [int(value) for value in sys.argv[1:]] or [16, 128, 64, 8, 4]
+    table("Cost, as ratios to the base", ("way", "latency", "parameters", "peak memory"), rows(*sizes))
