@@ -179,6 +179,7 @@ def test_the_page_says_how_good_the_phrases_are(root: Path, capsys: pytest.Captu
         lines.append(f"| phrases | {replies} | {one['n']} | {one['agree']:.3f} | {kappa}|")
     page = (root / "docs" / "judges.md").read_text()
     assert [line for line in page.splitlines() if line.startswith("| phrases |")] == lines
+    assert f"{hard['all']['agree']:.0%} on 116 replies".replace("%", " %") in (root / "README.md").read_text()
     assert "lid" not in capsys.readouterr().out
 
 
