@@ -1,6 +1,6 @@
 """The records every other room works with. Only an `id` may appear in logs and reports, never a text."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from .encodings import ENCODINGS
@@ -43,6 +43,10 @@ class Conversation:
     def text(self) -> str:
         """The last user turn."""
         return self.turns[-1].text
+
+    def asking(self, text: str) -> "Conversation":
+        """The same turns with another last one."""
+        return replace(self, turns=(*self.turns[:-1], Turn("user", text)))
 
     def messages(self) -> list[dict[str, str]]:
         """As chat templates take them."""
