@@ -58,6 +58,9 @@ LOMC = {
         "dropped",
         "auc",
         "cosine",
+        "number",
+        "kept",
+        "answered",
     ),
     *("ablation", "within_bounds", "metrics"),
 }

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal, cast
 
 import torch
@@ -26,6 +26,8 @@ from trainer.recipe.sections import ModelSection
 Tokens = Literal["prompt", "response", "both"]
 
 _PROBE = "Zanzibar"  # a word that no template writes itself
+_OPENINGS = 16_384
+"""Conversations whose tokens are kept."""
 
 
 @dataclass(frozen=True)
@@ -204,8 +206,17 @@ class Chat:
         Raises:
             UserError: a template that refuses these turns or has no system role, or a token without an embedding.
         """
-        text = self._render(self._messages(conversation), add_generation_prompt=True)
-        return self._all_embedded(self._tokens(text + self._before_opening(conversation) + conversation.opening))
+        return list(self._opened(conversation))
+
+    @cached_property
+    def _opened(self) -> Callable[[Conversation], tuple[int, ...]]:
+        # The same prompts are asked before and after, of every control, and in training.
+        def opened(conversation: Conversation) -> tuple[int, ...]:
+            text = self._render(self._messages(conversation), add_generation_prompt=True)
+            text += self._before_opening(conversation) + conversation.opening
+            return tuple(self._all_embedded(self._tokens(text)))
+
+        return lru_cache(maxsize=_OPENINGS)(opened)
 
     def _before_opening(self, conversation: Conversation) -> str:
         if not conversation.opening or self.reasoning is None:
@@ -250,9 +261,6 @@ class Chat:
         if self.system_prompt is None or has_system:
             return messages
         return [{"role": "system", "content": self.system_prompt}, *messages]
-
-    def _chat(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> list[int]:
-        return self._tokens(self._render(messages, add_generation_prompt=add_generation_prompt))
 
     def _given(self, conversation: Conversation, reply: Reply, opening: list[int]) -> list[int]:
         messages = self._messages(conversation)
