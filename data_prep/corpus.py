@@ -59,10 +59,11 @@ def _refuse_slips(config: DataConfig, given: dict[Kind, SourceConfig]) -> None:
     if twice:
         raise UserError(f"data.capability: task name {twice[0]!r} is used more than once")
     templates = config.jailbreaks
-    dealt = templates and templates.families and not (templates.unseen or templates.robust)
-    unused = templates and not dealt and not templates.seen
-    if templates and unused and ("harmful" in given or not (templates.unseen or templates.robust)):
-        raise UserError("data.jailbreaks.seen: found no selector; allowed: 'group', 'group[0]' or 'group[0:4]'")
+    if templates and not templates.seen:
+        only_measured = bool(templates.unseen or templates.robust)
+        dealt = bool(templates.families) and not only_measured
+        if not dealt and ("harmful" in given or not only_measured):
+            raise UserError("data.jailbreaks.seen: found no selector; allowed: 'group', 'group[0]' or 'group[0:4]'")
     named: dict[str, SourceConfig | TaskConfig] = {f"data.{kind}": source for kind, source in given.items()}
     named |= {f"data.capability {task.name!r}": task for task in config.capability}
     for key, source in named.items():

@@ -25,7 +25,7 @@ def parse_json(text: str, where: str) -> Any:
             would be lost). Begins with `where`, quotes nothing of the text.
     """
     try:
-        return json.loads(text, object_pairs_hook=_each_once)
+        return _DECODER.decode(text)
     except RecursionError as error:
         raise UserError(f"{where}: not valid JSON: nested too deeply") from error
     except ValueError as error:
@@ -80,7 +80,6 @@ class _Text:
     def __init__(self, file: IO[str], path: Path) -> None:
         self.file, self.path = file, path
         self.text, self.at, self.line = "", 0, 1
-        self.decoder = json.JSONDecoder(object_pairs_hook=_each_once)
 
     def more(self) -> bool:
         """Read on; False at the end of the file."""
@@ -111,7 +110,7 @@ class _Text:
     def value(self, row: int) -> Any:
         while True:
             try:
-                found, end = self.decoder.raw_decode(self.text, self.at)
+                found, end = _DECODER.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
                 # Cut in the middle of the row, or wrong.
                 may_be_cut = error.pos > len(self.text) - _LONGEST_MARK or "Unterminated" in error.msg
@@ -152,3 +151,6 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         raise ValueError("an object has one key twice")
     return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_each_once)

@@ -3,8 +3,6 @@
 On the Hub the parts are splits: `hub_split: 30k_train`. A question stands with several answers.
 """
 
-from collections.abc import Iterator
-
 from ..errors import UserError
 from ..tables import Row, Table
 from ..usable import OTHER_SIDE, Rows, prompts
@@ -19,13 +17,8 @@ def read(table: Table) -> Rows:
     """
     label = table.require("is_safe")
     column = table.require(table.source.column or "prompt")
-
-    def unsafe() -> Iterator[Row | None]:
-        for row in table:
-            yield None if _is_safe(row, label) else row
-
-    for row in unsafe():
-        if row is None:
+    for row in table:
+        if _is_safe(row, label):
             yield OTHER_SIDE
         else:
             yield from prompts([row], column)

@@ -1,6 +1,7 @@
 """HarmBench (github.com/centerforaisafety/HarmBench; Hub walledai/HarmBench): harmful behaviours of three kinds."""
 
 from ..cells import text_of
+from ..errors import UserError
 from ..schema import Conversation
 from ..tables import Table
 from ..usable import NO_TEXT, Loaded, Rows
@@ -14,8 +15,11 @@ def read(table: Table) -> Rows:
     """The behaviour, behind its context and a blank line where it has one.
 
     Rows that ask for a protected text (category `copyright`, tag `hash_check`) are left out: whether a reply
-    reproduces the text is another question than whether it refuses.
+    reproduces the text is another question than whether it refuses. `UserError` for the Hub's part of such rows.
     """
+    source = table.source
+    if not table.local and source.hub_config == "copyright":
+        raise UserError(f"{source.path}: hub_config 'copyright' holds no requests to refuse; allowed: the other parts")
     behaviour = table.require_one(BEHAVIOUR)
     context, category, tags = table.first(CONTEXT), table.first(("FunctionalCategory",)), table.first(("Tags",))
     for row in table:

@@ -71,6 +71,8 @@ def test_harmbench_of_the_hub_has_other_names(monkeypatch: pytest.MonkeyPatch) -
     on_the_hub(monkeypatch, [{"prompt": "finish it", "category": "x", "context": "a letter"}])
     rows = load("harmbench", Source("walledai/HarmBench", "harmful", hub_config="contextual"))
     assert [row.text for row in rows] == ["a letter\n\nfinish it"]
+    with pytest.raises(UserError, match="hub_config 'copyright' holds no requests to refuse"):
+        load("harmbench", Source("walledai/HarmBench", "harmful", hub_config="copyright"))
 
 
 def test_jailbreakbench_has_two_sides_of_one_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from data_prep.schema import Conversation, Turn
 from tests.evaluation.judges.guards import build
 from trainer.evaluation.suite import JudgedReply
 from trainer.model.reply import Reply
+from trainer.pipeline import inspect_log
 from trainer.pipeline import judge_again as again
 from trainer.pipeline.judge_again import judge_again, judge_labelled, judge_section
 from trainer.pipeline.replies import keep_as, keep_in, measurements, read_replies, say_what_is_missing
@@ -41,8 +42,10 @@ REPLIES = [
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     keep = keep_in(tmp_path)
     keep("evaluate-after", ROWS, ASKED, REPLIES)
-    manifest = SimpleNamespace(recipe={"evaluate": {"judge": "phrases"}})
-    monkeypatch.setattr(again, "Manifest", SimpleNamespace(read=lambda folder: manifest))
+    recipe = {"model": {"name_or_path": "some/model"}, "evaluate": {"judge": "phrases"}}
+    manifest = SimpleNamespace(read=lambda folder: SimpleNamespace(recipe=recipe))
+    for module in (again, inspect_log):
+        monkeypatch.setattr(module, "Manifest", manifest)
     return tmp_path
 
 
@@ -61,6 +64,25 @@ def test_kept_replies_read_back_and_are_private(run: Path) -> None:
     found = read_replies(path)
     assert [one.row for one in found] == ROWS and [one.asked for one in found] == ASKED
     assert [(one.reply.text, one.reply.finished) for one in found] == [(r.text, r.finished) for r in REPLIES]
+
+
+def test_kept_replies_become_a_log_for_inspect(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (path,) = inspect_log.write_inspect_logs(run)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600 and "boom" not in capsys.readouterr().out
+    log = json.loads(path.read_text())
+    # What `EvalSpec` and `EvalSample` have no default for.
+    assert {"created", "task", "dataset", "model", "config"} <= set(log["eval"]) and log["version"] == 2
+    assert all({"id", "epoch", "input", "target"} <= set(sample) for sample in log["samples"])
+    assert len({sample["id"] for sample in log["samples"]}) == log["results"]["total_samples"] == 4
+    attack = log["samples"][1]
+    assert attack["messages"][-1]["content"] == "Sure, sorry but boom"
+    assert attack["output"]["choices"][0] == {"message": attack["messages"][-1], "stop_reason": "max_tokens"}
+    assert attack["scores"]["phrases"]["value"] == "complied" and attack["metadata"]["family"] == "prefill"
+    (score,) = log["results"]["scores"]
+    assert {name: metric["value"] for name, metric in score["metrics"].items()} == {
+        "refused": 0.5, "complied": 0.5, "unjudged": 0.0,
+    }  # fmt: skip
+    assert [path] == inspect_log.write_inspect_logs(run), "the same replies make the same log"
 
 
 def test_a_file_that_was_readable_becomes_private(tmp_path: Path) -> None:
@@ -157,6 +179,7 @@ def test_the_page_says_how_good_the_phrases_are(root: Path, capsys: pytest.Captu
         lines.append(f"| phrases | {replies} | {one['n']} | {one['agree']:.3f} | {kappa}|")
     page = (root / "docs" / "judges.md").read_text()
     assert [line for line in page.splitlines() if line.startswith("| phrases |")] == lines
+    assert f"{hard['all']['agree']:.0%} on 116 replies".replace("%", " %") in (root / "README.md").read_text()
     assert "lid" not in capsys.readouterr().out
 
 

@@ -167,10 +167,17 @@ def judge(
     ],
     overrides: Overrides = None,
     name: Annotated[str, typer.Option("--with", help="The judge: phrases, guard or endpoint.")] = "phrases",
+    inspect_log: Annotated[
+        bool, typer.Option("--inspect-log", help="Write kept replies as logs for Inspect instead; judge nothing.")
+    ] = False,
 ) -> None:
     """Grade kept replies with another judge, or labelled ones; describe it by evaluate.guard.format=... and so on."""
+    from trainer.pipeline.inspect_log import write_inspect_logs
     from trainer.pipeline.judge_again import judge_again, judge_labelled, judge_section
 
+    if inspect_log:
+        write_inspect_logs(run_or_file)
+        return
     section = judge_section(name, overrides or [])
     if run_or_file.is_file():
         judge_labelled(run_or_file, section)

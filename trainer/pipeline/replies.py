@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from data_prep.errors import UserError
 from data_prep.json_lines import read_json_lines
@@ -51,6 +52,17 @@ def say_what_is_missing(run: Path, label: str) -> None:
         say(f"replies: {label} was measured before without keeping them; --force measures it again")
 
 
+@contextmanager
+def private(path: Path) -> Iterator[TextIO]:
+    """A text file to write that only its owner may read; it takes the place of `path` as a whole."""
+    before_anything_is_written = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    with (
+        replacing(path) as temporary,
+        os.fdopen(os.open(temporary, before_anything_is_written, 0o600), "w", encoding="utf-8") as file,
+    ):
+        yield file
+
+
 def measurements(run: Path) -> dict[str, Path]:
     """Label -> file of the replies that a run kept. Raises `UserError` where it kept none."""
     found = {path.stem: path for path in sorted((run / FOLDER).glob("*.jsonl"))}
@@ -71,11 +83,7 @@ def _file(run: Path, label: str) -> Path:
 def _write(path: Path, rows: Sequence[JudgedReply], prompts: Sequence[Conversation], replies: Sequence[Reply]) -> None:
     if not is_main_process():
         return
-    made_private = os.O_WRONLY | os.O_CREAT | os.O_TRUNC  # before anything is written to it
-    with (
-        replacing(path) as temporary,
-        os.fdopen(os.open(temporary, made_private, 0o600), "w", encoding="utf-8") as file,
-    ):
+    with private(path) as file:
         for row, asked, reply in zip(rows, prompts, replies, strict=True):
             file.write(json.dumps(_record(row, asked, reply), ensure_ascii=False) + "\n")
     say(f"replies: {len(rows)} kept in {path}, for this user alone")
