@@ -76,6 +76,18 @@ def test_the_loss_is_that_of_responses_alone(tmp_path: Path) -> None:
     assert result.log[0]["loss"] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "keys", [{"gradient_checkpointing": True}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}]
+)
+def test_checkpointing_and_accumulation_change_nothing(keys: dict[str, Any], tmp_path: Path) -> None:
+    plain, other = fresh(), fresh(**keys)
+    run(plain, tmp_path / "plain")
+    run(other, tmp_path / "other")
+    expected, found = (Adapter(adapters, "helpful").state_dict() for adapters in (plain, other))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("died_at", [3, 6])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_a_pass_killed_inside_ends_with_the_same_bits(

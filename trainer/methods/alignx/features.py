@@ -46,17 +46,21 @@ class Views:
 
     @torch.no_grad()
     def read(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-        """Features [B, V, D], fp32, of left-padded prompts, in one pass of V x B rows; padding does not enter them."""
-        axes, rows = len(self.axes), len(ids_BS)
-        acting_VA = torch.cat([torch.zeros(1, axes), torch.eye(axes)])
-        alpha = acting_VA.repeat_interleave(rows, 0).to(ids_BS.device)
-        with self.adapters.weighted(alpha), evaluating(self.adapters.model):
-            hidden = self._hidden(ids_BS.repeat(1 + axes, 1), mask_BS.repeat(1 + axes, 1)).float()
-        hidden_BVSD = hidden.unflatten(0, (1 + axes, rows)).transpose(0, 1)
+        """Features [B, V, D], fp32, of left-padded prompts, a pass per view; padding does not enter them.
+
+        All views in one pass would hold V times the activations, which costs more memory than the adapters do.
+        """
+        views = []
+        for acting in ((), *((axis,) for axis in self.axes)):
+            with self.adapters.acting(*acting), evaluating(self.adapters.model):
+                views.append(self._read(self._hidden(ids_BS, mask_BS).float(), mask_BS))
+        return torch.stack(views, 1)
+
+    def _read(self, hidden_BSD: Tensor, mask_BS: Tensor) -> Tensor:
         if self.section.position == "last":
-            return hidden_BVSD[:, :, -1].contiguous()
-        mask_B1S1 = mask_BS[:, None, :, None].float()
-        return (hidden_BVSD * mask_B1S1).sum(2) / mask_B1S1.sum(2)
+            return hidden_BSD[:, -1].clone()
+        mask_BS1 = mask_BS.unsqueeze(-1).float()
+        return (hidden_BSD * mask_BS1).sum(1) / mask_BS1.sum(1)
 
     def of_prompts(self, chat: Chat, prompts: Sequence[Conversation], label: str) -> Tensor:
         """Features [N, V, D] of prompts, fp32, on the CPU. Batches are dealt to the processes. Collective."""
