@@ -52,8 +52,8 @@ def test_no_training_row_has_the_text_of_a_test_row_of_any_axis_or_of_what_else_
     [
         ({"train": 0}, "axes.0.data.train: found 0; allowed: 1 or more"),
         ({"answer_column": "reply"}, "column of"),
-        ({"format": "qa", "column": "q", "answer": "a"}, "axes.0.data.answer: read with format records alone"),
-        ({"column": "q", "answer": "empty"}, "axes.0.data.train: row rows:0 has no answer"),
+        ({"format": "qa", "column": "q", "wrong": "a"}, "axes.0.data.wrong: read with format records alone"),
+        ({"column": "q", "answer_column": "empty"}, "axes.0.data.train: row rows:0 has no answer"),
     ],
 )
 def test_bad_input_names_the_key(tmp_path: Path, keys: dict[str, Any], words: str) -> None:
