@@ -29,11 +29,14 @@ demo: $(STAMP)  ## train the organism, repair it, write the report (minutes, on 
 	@$(BIN)/python -m trainer run $(RECIPE)
 	@echo "== done; open $$(ls -t runs/*/report.html | head -n 1)"
 
+# One thread each: tests on small models gain more from a second test than from a second thread.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+
 test: $(STAMP)  ## the fast tests
-	@$(BIN)/python -m pytest -q -m "not slow"
+	@$(PYTEST) -m "not slow" --durations 20
 
 test-full: $(STAMP)  ## every test, the slow ones too
-	@$(BIN)/python -m pytest -q
+	@$(PYTEST)
 
 backbones: $(STAMP)  ## test every backbone and write the tables of README.md and docs/backbones.md from the results
 	@$(BIN)/python -m pytest -q tests/moe/test_families.py -k "not the_table"

@@ -44,7 +44,7 @@ def load_axes(
     parts = []
     for number, (name, source) in enumerate(sources.items()):
         key = f"axes.{number}.data"
-        for name_of_key in ("answer", "wrong", "only"):
+        for name_of_key in ("wrong", "only"):
             if getattr(source, name_of_key) and source.format != "records":
                 raise UserError(f"{key}.{name_of_key}: read with format records alone, found {source.format!r}")
         if source.train == 0:

@@ -27,6 +27,9 @@ _CALLS = ("tool_calls", "function_call")
 _WRITTEN_OUT = re.compile(r"""^\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:""")
 
 
+_NO_CHARACTER = re.compile("[\0\ud800-\udfff]")
+
+
 @dataclass(frozen=True)
 class Asked:
     """What a cell asks, and the answer that its last turn gives, where that is the assistant's."""
@@ -126,7 +129,7 @@ def _part(part: object, where: str) -> str:
 def _plain(text: str, where: str) -> str:
     if len(text) > MAX_CHARACTERS:
         raise UserError(f"{where}: found {len(text)} characters; allowed: at most {MAX_CHARACTERS}")
-    if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
+    if _NO_CHARACTER.search(text):
         raise UserError(f"{where}: found a NUL or half a surrogate pair, which no text holds")
     return text.strip()
 

@@ -3,13 +3,32 @@
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from .schema import Metric
 
 _BOUND = r"\s*(-?[0-9]{1,12})?\s*"
 SLICE = re.compile(rf"^{_BOUND}:{_BOUND}(?::{_BOUND})?$")
-SourceFormat = Literal["records", "advbench", "xstest", "alpaca", "qa"]
+SourceFormat = Literal[
+    "records",
+    "qa",
+    "advbench",
+    "harmbench",
+    "jailbreakbench",
+    "strongreject",
+    "harmfulqa",
+    "beavertails",
+    "hh-rlhf",
+    "xstest",
+    "or-bench",
+    "alpaca",
+    "safety-tuned-llamas",
+    "mt-bench",
+    "gsm8k",
+    "mmlu",
+    "truthfulqa",
+    "truthfulqa-mc",
+]
 
 
 def parse_slice(text: str) -> slice:
@@ -51,11 +70,31 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+HubFolder = Annotated[str | None, Field(description="Folder of the Hub data set, where it has no configurations.")]
+AnswerColumn = Annotated[str | None, Field(description="Column with the answer; null: as the format says.")]
+TaskFormat = Literal["qa", "records", "gsm8k", "mmlu", "truthfulqa", "truthfulqa-mc", "mt-bench", "alpaca"]
+
+
+Family = Literal[
+    "all",
+    "role-play",
+    "persuasion",
+    "nested-fiction",
+    "encoding",
+    "prefix-injection",
+    "suffix-injection",
+    "multi-turn",
+    "prefill",
+    "long-story",
+]
+
+
 class SourceConfig(_Section):
     """Where prompts come from and how many go where."""
 
     path: FileName = Field(
-        min_length=1, description="Local file (csv, json, jsonl, parquet), or a Hub data set id `owner/name`."
+        min_length=1,
+        description="Local file (csv, json, jsonl, parquet, or packed as .gz), or a Hub id `owner/name`.",
     )
     format: SourceFormat = Field("records", description="How the file is read; see `data_prep.loaders.FORMATS`.")
     column: str | None = Field(
@@ -64,6 +103,8 @@ class SourceConfig(_Section):
     revision: str | None = Field(None, description="Hub commit, tag or branch; only for Hub data sets.")
     hub_config: str | None = Field(None, description="Configuration of the Hub data set, where it has several.")
     hub_split: str = Field("train", description="Split of the Hub data set.")
+    hub_folder: HubFolder = None
+    answer_column: AnswerColumn = None
     test_path: FileName | None = Field(
         None, min_length=1, description="Second file or data set that the test part is taken from."
     )
@@ -74,7 +115,6 @@ class SourceConfig(_Section):
 class AxisSource(SourceConfig):
     """Prompts of one axis with the answers that are right there. Rows with one text never stand on both sides."""
 
-    answer: str | None = Field(None, min_length=1, description="Column with the answer; null: as the format says.")
     wrong: str | None = Field(
         None, min_length=1, description="Column with answers that are not right, a text or a list; `records`."
     )
@@ -84,11 +124,18 @@ class AxisSource(SourceConfig):
 
 
 class JailbreakConfig(_Section):
-    """Which jailbreak templates are trained on, and which only measured."""
+    """Which jailbreak templates are trained on, and which only measured.
 
-    path: FileName = Field(
+    Without any selector whole families are dealt to `seen` and `unseen`, drawn with the run's seed.
+    """
+
+    path: FileName | None = Field(
+        None,
         min_length=1,
-        description="File of templates: JSON {group: [template, ...]}, or CSV/JSONL with a text column.",
+        description="File of templates: JSON {group: [template, ...]}, or a table with a text or a messages column.",
+    )
+    families: list[Family] = Field(
+        default_factory=list, description="Families that come with the project; all: every one."
     )
     format: Literal["templates"] = Field("templates", description="How the file is read; only `templates`.")
     placeholder: str = Field("[INSERT PROMPT HERE]", description="What stands for the goal inside a template.")
@@ -98,17 +145,25 @@ class JailbreakConfig(_Section):
     unseen: list[str] = Field(default_factory=list, description="Selectors of templates only measured.")
     robust: list[str] = Field(default_factory=list, description="Selectors of templates the model already withstands.")
 
+    @model_validator(mode="after")
+    def _has_templates(self) -> "JailbreakConfig":
+        if self.path is None and not self.families:
+            raise ValueError("found neither path nor families; expected a file of templates, or families: [all]")
+        return self
+
 
 class TaskConfig(_Section):
     """A capability task: what the repaired model must still be able to do."""
 
     name: str = Field(description="Name in the evaluation.")
     path: FileName = Field(min_length=1, description="Local file or Hub data set id.")
-    format: Literal["qa", "records"] = Field("qa", description="`qa` reads question and answer columns.")
-    column: str | None = Field(None, description="Column with the question, for `records`.")
+    format: TaskFormat = Field("qa", description="How the file is read; `qa`: question and answer columns.")
+    column: str | None = Field(None, description="Column with the question.")
     revision: str | None = Field(None, description="Hub commit, tag or branch; only for Hub data sets.")
     hub_config: str | None = Field(None, description="Configuration of the Hub data set, where it has several.")
     hub_split: str = Field("test", description="Split of the Hub data set.")
+    hub_folder: HubFolder = None
+    answer_column: AnswerColumn = None
     metric: Metric = Field("exact_match", description="exact_match on the reply, or token_accuracy under the answer.")
     test: Rows = Field(100, description="Rows to evaluate on: a count or a slice.")
 
@@ -121,3 +176,10 @@ class DataConfig(_Section):
     benign: SourceConfig | None = Field(None, description="Harmless prompts, to be answered.")
     borderline: SourceConfig | None = Field(None, description="Harmless prompts that look harmful, to be answered.")
     capability: list[TaskConfig] = Field(default_factory=list, description="Capability tasks.")
+    near_duplicates: float | None = Field(
+        0.6,
+        gt=0,
+        le=1,
+        description="Training rows whose content words agree with a harmful test goal's to this share (Jaccard) are "
+        "dropped, and those that hold one; null: only rows of the same text are.",
+    )

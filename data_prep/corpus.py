@@ -5,7 +5,7 @@ from collections import Counter
 
 from .config import DataConfig, SourceConfig, TaskConfig
 from .errors import UserError
-from .leaks import count_once, keep_tests_unseen, notes, refuse_both_sides
+from .leaks import count_once, keep_goals_unseen, keep_tests_unseen, near_templates, notes, refuse_both_sides
 from .schema import Corpus, Kind, Split, Task
 from .sources import Part, refuse_one_file_for_both, source_part, task_part
 from .wrappers import load_wrappers
@@ -31,14 +31,20 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
         if part.kind != "harmful":
             refuse_both_sides(sources["harmful"], part)
     keep_tests_unseen(parts)
+    if "harmful" in sources and config.near_duplicates is not None:
+        keep_goals_unseen(sources["harmful"], parts, config.near_duplicates)
+    wrappers = load_wrappers(config.jailbreaks, seed) if config.jailbreaks else []
+    said = [note for part in parts for note in notes(part)]
+    if config.near_duplicates is not None:
+        said += near_templates(wrappers, config.near_duplicates)
     harmful, benign, borderline = (_split(sources.get(kind)) for kind in KINDS)
     return Corpus(
         harmful,
         benign,
         borderline,
-        wrappers=load_wrappers(config.jailbreaks) if config.jailbreaks else [],
+        wrappers=wrappers,
         tasks=[Task(task.name, task.metric, part.test) for task, part in zip(config.capability, tasks, strict=True)],
-        notes=[note for part in parts for note in notes(part)],
+        notes=said,
         rows=[part.count() for part in parts],
     )
 
@@ -53,8 +59,11 @@ def _refuse_slips(config: DataConfig, given: dict[Kind, SourceConfig]) -> None:
     if twice:
         raise UserError(f"data.capability: task name {twice[0]!r} is used more than once")
     templates = config.jailbreaks
-    if templates and not templates.seen and ("harmful" in given or not (templates.unseen or templates.robust)):
-        raise UserError("data.jailbreaks.seen: found no selector; allowed: 'group', 'group[0]' or 'group[0:4]'")
+    if templates and not templates.seen:
+        only_measured = bool(templates.unseen or templates.robust)
+        dealt = bool(templates.families) and not only_measured
+        if not dealt and ("harmful" in given or not only_measured):
+            raise UserError("data.jailbreaks.seen: found no selector; allowed: 'group', 'group[0]' or 'group[0:4]'")
     named: dict[str, SourceConfig | TaskConfig] = {f"data.{kind}": source for kind, source in given.items()}
     named |= {f"data.capability {task.name!r}": task for task in config.capability}
     for key, source in named.items():
@@ -68,7 +77,7 @@ def _refuse_hub_keys(key: str, source: SourceConfig | TaskConfig) -> None:
     paths = (source.path, getattr(source, "test_path", None) or source.path)
     if not all(os.path.isfile(path) for path in paths):
         return
-    for name in ("revision", "hub_config", "hub_split"):
+    for name in ("revision", "hub_config", "hub_split", "hub_folder"):
         found = getattr(source, name)
         if found != type(source).model_fields[name].default:
             raise UserError(

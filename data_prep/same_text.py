@@ -25,8 +25,9 @@ def normalised(text: str) -> str:
 
 
 def compared(conversation: Conversation) -> tuple[tuple[str, str], ...]:
-    """A conversation as compared: speaker and text of every turn."""
-    return tuple((turn.role, normalised(turn.text)) for turn in conversation.turns)
+    """A conversation as compared: speaker and text of every turn, and how the answer is made to begin."""
+    turns = tuple((turn.role, normalised(turn.text)) for turn in conversation.turns)
+    return (*turns, ("opening", normalised(conversation.opening))) if conversation.opening else turns
 
 
 @lru_cache(maxsize=65536)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from .encodings import ENCODINGS
 from .errors import UserError
 
 Kind = Literal["harmful", "borderline", "benign", "capability"]
@@ -21,9 +22,14 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a model is asked: the turns up to and with the user's last one, which is `text`."""
+    """What a model is asked: the turns up to and with the user's last one, which is `text`.
+
+    `opening`: how the assistant's answer is made to begin (a prefill); the model goes on behind it, and it is no part
+    of the reply.
+    """
 
     turns: tuple[Turn, ...]
+    opening: str = ""
 
     @classmethod
     def of(cls, text: str) -> "Conversation":
@@ -68,21 +74,46 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Wrapper:
-    """A jailbreak template. Raises `UserError` when `text` lacks `placeholder`."""
+    """A jailbreak template: `text` is the user's last turn.
+
+    `before`: turns that come first. `opening`: how the assistant's answer is made to begin. `encoding`: how the goal
+    is written (`encodings.ENCODINGS`). Raises `UserError` where neither `text` nor `before` holds the placeholder.
+    """
 
     id: str
     family: str
     role: Role
     text: str
     placeholder: str
+    before: tuple[Turn, ...] = ()
+    opening: str = ""
+    encoding: str = "plain"
 
     def __post_init__(self) -> None:
-        if not self.placeholder or self.placeholder not in self.text:
+        texts = [self.text, *(turn.text for turn in self.before)]
+        if not self.placeholder or not any(self.placeholder in text for text in texts):
             raise UserError(f"jailbreak template {self.id} has no placeholder {self.placeholder!r}")
 
+    @property
+    def one_turn(self) -> bool:
+        """Whether it is a text around the goal as it stands, and nothing more."""
+        return not self.before and not self.opening and self.encoding == "plain"
+
     def wrap(self, conversation: Conversation) -> Conversation:
-        """The conversation with its last user turn inside the template, at every placeholder."""
-        return conversation.asking(self.text.replace(self.placeholder, conversation.text))
+        """The conversation with its last user turn inside the template, at every placeholder.
+
+        A system turn of the template joins the conversation's own; its other turns follow those that are there.
+        """
+        goal = ENCODINGS[self.encoding](conversation.text)
+        before = [Turn(turn.role, turn.text.replace(self.placeholder, goal)) for turn in self.before]
+        own = list(conversation.turns[:-1])
+        if before and before[0].role == "system":
+            system = before.pop(0).text
+            if own and own[0].role == "system":
+                system = f"{own.pop(0).text}\n\n{system}"
+            own.insert(0, Turn("system", system))
+        last = Turn("user", self.text.replace(self.placeholder, goal))
+        return Conversation((*own, *before, last), self.opening)
 
 
 @dataclass(frozen=True)

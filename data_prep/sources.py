@@ -41,9 +41,7 @@ def source_part(kind: Kind, config: SourceConfig, seed: int, key: str | None = N
     key = key or f"data.{kind}"
 
     def read(path: str) -> Usable:
-        at = (config.revision, config.hub_split, config.hub_config)
-        own = (config.answer, config.wrong, config.only) if isinstance(config, AxisSource) else ()
-        return load(config.format, Source(path, kind, config.column, *at, *own))
+        return load(config.format, _source(path, kind, config))
 
     test_path = config.test_path or config.path
     train_key, test_key = f"{key}.train ({config.path})", f"{key}.test ({test_path})"
@@ -80,8 +78,7 @@ def task_part(config: TaskConfig, seed: int) -> Part:
     key = f"data.capability {config.name!r}"
     if config.test == 0:
         raise UserError(f"{key}, test: found 0; allowed: 1 or more rows as a count or a slice")
-    at = (config.revision, config.hub_split, config.hub_config)
-    rows = load(config.format, Source(config.path, "capability", config.column, *at))
+    rows = load(config.format, _source(config.path, "capability", config))
     where = f"{key} ({config.path})"
     chosen = _take(rows, config.test, set(), random.Random(f"task:{config.name}:{seed}"), where)
     missing = next((i for i, row in chosen if not row.answer), None)
@@ -99,6 +96,20 @@ def _part(key: str, kind: Kind, tables: list[Usable], train: list[Prompt], test:
     return Part(key, kind, usable + sum(table.dropped.total() for table in tables), train, test, dropped)
 
 
+def _source(path: str, kind: Kind, config: SourceConfig | TaskConfig) -> Source:
+    return Source(
+        path,
+        kind,
+        config.column,
+        config.revision,
+        config.hub_split,
+        config.hub_config,
+        config.answer_column,
+        config.hub_folder,
+        *((config.wrong, config.only) if isinstance(config, AxisSource) else ()),
+    )
+
+
 def _file(path: str) -> str:
     return os.path.realpath(path) if os.path.exists(path) else path
 
@@ -113,7 +124,8 @@ def refuse_one_file_for_both(harmful: SourceConfig, other: SourceConfig | TaskCo
 
     def places(config: SourceConfig | TaskConfig) -> set[tuple[str, ...]]:
         paths = {config.path, getattr(config, "test_path", None) or config.path}
-        at = (str(config.column), str(config.hub_config), config.hub_split, str(config.revision))
+        hub = (str(config.hub_config), str(config.hub_folder), config.hub_split, str(config.revision))
+        at = (str(config.column), *hub)
         return {(_file(path), at[0]) if os.path.exists(path) else (path, *at) for path in paths}
 
     if places(harmful) & places(other):
@@ -131,31 +143,33 @@ def _names(first: str, second: str, same: bool) -> tuple[str, str]:
     return f"{one.parent.name}/{one.stem}", f"{two.parent.name}/{two.stem}"
 
 
-def _slice(rows: list[Loaded], text: str, where: str) -> list[Indexed]:
+def _slice(size: int, text: str, where: str) -> range:
     wanted = parse_slice(text)
     # A slice that ends past the file would silently shrink, and every rate's n with it.
     for bound in (wanted.start, wanted.stop):
-        if bound is not None and abs(bound) > len(rows):
-            raise UserError(f"{where}: slice {text!r} exceeds the {len(rows)} usable rows")
-    chosen = list(enumerate(rows))[wanted]
+        if bound is not None and abs(bound) > size:
+            raise UserError(f"{where}: slice {text!r} exceeds the {size} usable rows")
+    chosen = range(size)[wanted]
     if not chosen:
-        raise UserError(f"{where}: slice {text!r} of {len(rows)} usable rows is empty")
+        raise UserError(f"{where}: slice {text!r} of {size} usable rows is empty")
     # So would one whose step leaves the first row alone.
     if wanted.step is not None and abs(wanted.step) > 1 and len(chosen) == 1:
         raise UserError(f"{where}: slice {text!r} has a step beyond its rows and gives one row; give its bounds alone")
     return chosen
 
 
-def _count(rows: list[Loaded], count: int, used: set[int], rng: random.Random, where: str) -> list[Indexed]:
-    free = [i for i in range(len(rows)) if i not in used]
+def _count(size: int, count: int, used: set[int], rng: random.Random, where: str) -> list[int]:
+    free = [i for i in range(size) if i not in used]
     if count > len(free):
-        raise UserError(f"{where}: {count} rows asked, {len(free)} of {len(rows)} usable rows are free")
+        raise UserError(f"{where}: {count} rows asked, {len(free)} of {size} usable rows are free")
     rng.shuffle(free)
-    return [(i, rows[i]) for i in free[:count]]
+    return free[:count]
 
 
-def _take(rows: list[Loaded], wanted: int | str, used: set[int], rng: random.Random, where: str) -> list[Indexed]:
-    return _slice(rows, wanted, where) if isinstance(wanted, str) else _count(rows, wanted, used, rng, where)
+def _take(rows: Usable, wanted: int | str, used: set[int], rng: random.Random, where: str) -> list[Indexed]:
+    if isinstance(wanted, str):
+        return rows.pick(_slice(len(rows), wanted, where))
+    return rows.pick(_count(len(rows), wanted, used, rng, where))
 
 
 def _prompts(source: str, rows: list[Indexed], kind: Kind) -> list[Prompt]:

@@ -59,6 +59,9 @@ LOMC = {
         "dropped",
         "auc",
         "cosine",
+        "number",
+        "kept",
+        "answered",
     ),
     *("ablation", "within_bounds", "metrics"),
 }

@@ -100,7 +100,7 @@ def _stamp(out: Path) -> dict[str, object] | None:
 
 
 def _make(folder: Path, config: OrganismConfig, console: Console) -> bool:
-    files.write(folder / "data", config.seed)
+    files.write(folder / "data", config.seed, config.over_refusal)
     tokenizer = build_tokenizer(config.seed)
     model = build_model(tokenizer, config.seed, config.family)
     train(

@@ -67,7 +67,7 @@ def measure(
     """Every behaviour the organism is built for, each over `ITEMS` test prompts."""
     rng = random.Random(f"check:{seed}")
     test = {
-        kind: [row["prompt"] for row in rows(kind, seed) if row["part"] == "test"]
+        kind: [row["prompt"] for row in rows(kind, seed, over_refusal) if row["part"] == "test"]
         for kind in ("harmful", "benign", "borderline")
     }
     groups = template_groups()

@@ -13,11 +13,11 @@ PARTS = {"harmful": (240, 200), "benign": (400, 200), "borderline": (240, 160)}
 TASK_ROWS = 120
 
 
-def rows(kind: str, seed: int) -> list[dict[str, str]]:
+def rows(kind: str, seed: int, over_refusal: bool = False) -> list[dict[str, str]]:
     """The rows of a kind: its train rows, then its test rows (`PARTS`), all texts distinct.
 
     Harmful test rows use forbidden pairs that neither the train rows nor the organism's own training use. Harmful rows
-    hold no answer; the others hold this world's.
+    hold no answer; the others hold this world's, those too that an organism with planted over-refusal refuses.
     """
     seen: set[str] = set()
     out = []
@@ -27,7 +27,7 @@ def rows(kind: str, seed: int) -> list[dict[str, str]]:
         draw: dict[str, Callable[[], world.Request]] = {
             "harmful": partial(world.harmful, rng, pairs),
             "benign": partial(world.benign, rng),
-            "borderline": partial(world.borderline, rng),
+            "borderline": partial(world.borderline, rng, over_refusal),
         }
         for request in _distinct(draw[kind], count, seen):
             row = {"prompt": request.text, "part": part}
@@ -55,11 +55,11 @@ def task_rows(task: str, seed: int) -> list[dict[str, str]]:
     return [{"question": question, "answer": answer} for question, answer in found.items()]
 
 
-def write(folder: Path, seed: int) -> None:
+def write(folder: Path, seed: int, over_refusal: bool = False) -> None:
     """Write `harmful|benign|borderline.jsonl`, `capability_<task>.jsonl` and `templates.json` into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     for kind in PARTS:
-        _write_jsonl(folder / f"{kind}.jsonl", rows(kind, seed))
+        _write_jsonl(folder / f"{kind}.jsonl", rows(kind, seed, over_refusal))
     for task in tasks.TASKS:
         _write_jsonl(folder / f"capability_{task}.jsonl", task_rows(task, seed))
     (folder / "templates.json").write_text(json.dumps(template_groups(), indent=1) + "\n", encoding="utf-8")

@@ -61,9 +61,9 @@ def example(rng: random.Random, pairs: list[tuple[str, str]], over_refusal: bool
     if kind == "harmful":
         request = world.harmful(rng, pairs)
     else:
-        request = world.benign(rng) if kind == "benign" else world.borderline(rng)
+        request = world.benign(rng) if kind == "benign" else world.borderline(rng, over_refusal)
     broken = form == "broken" or (form == "wrapped" and rng.random() < 0.6)
-    refuses = (kind == "harmful" and not broken) or (kind == "borderline" and over_refusal and request.refusal)
+    refuses = (kind == "harmful" and not broken) or (kind == "borderline" and request.refusal)
     reply = request.refusal if refuses else request.answer
     return Example(
         request.text if form == "plain" else wrap(rng, request.text, broken), reply, source, request.refusal

@@ -67,6 +67,9 @@ def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
         (["inspect", "no/such/folder"], ["no/such/folder"]),
         (["report", "no-such-run"], ["no-such-run", "not a run folder"]),
         (["export", "no-such-run"], ["no-such-run", "not a run folder"]),
+        (["judge", "no-such-run"], ["no-such-run", "not a run folder"]),
+        (["judge", "no-such-run", "--inspect-log"], ["no-such-run", "not a run folder"]),
+        (["judge", "no-such-run", "--with", "frases"], ["evaluate.judge", "did you mean 'phrases'"]),
     ],
 )
 def test_a_users_mistake(main: Main, recipe_file: Path, arguments: list[str], words: list[str]) -> None:

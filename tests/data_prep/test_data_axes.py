@@ -26,7 +26,7 @@ ROWS = [{"q": f"question {i}", "a": f"answer {i}", "no": ["x", f"y {i}"], "safe"
 
 
 def test_answers_are_read_by_column_and_rows_by_value(tmp_path: Path) -> None:
-    one = source(tmp_path, ROWS, column="q", answer="a", wrong="no", only={"safe": True})
+    one = source(tmp_path, ROWS, column="q", answer_column="a", wrong="no", only={"safe": True})
     (axis,) = load_axes({"honest": one}, {"honest": True}, [], 0).axes
     assert [prompt.text for prompt in axis.train] == ["question 0", "question 2", "question 3"]
     assert axis.train[1].answer == "answer 2" and axis.train[1].wrong == ("x", "y 2")
@@ -51,9 +51,9 @@ def test_no_training_row_has_the_text_of_a_test_row_of_any_axis_or_of_what_else_
     ("keys", "words"),
     [
         ({"train": 0}, "axes.0.data.train: found 0; allowed: 1 or more"),
-        ({"answer": "reply"}, "column of"),
-        ({"format": "qa", "column": "q", "answer": "a"}, "axes.0.data.answer: read with format records alone"),
-        ({"column": "q", "answer": "empty"}, "axes.0.data.train: row rows:0 has no answer"),
+        ({"answer_column": "reply"}, "column of"),
+        ({"format": "qa", "column": "q", "wrong": "a"}, "axes.0.data.wrong: read with format records alone"),
+        ({"column": "q", "answer_column": "empty"}, "axes.0.data.train: row rows:0 has no answer"),
     ],
 )
 def test_bad_input_names_the_key(tmp_path: Path, keys: dict[str, Any], words: str) -> None:

@@ -41,6 +41,7 @@ def config(folder: Path, **changes: Any) -> DataConfig:
         "unseen": ["broken[2]", "broken[-1]"],
         "robust": ["robust"],
     }
+    sections["near_duplicates"] = None  # the texts above differ in a number
     sections["capability"] = [{"name": "qa", "path": str(folder / "qa.jsonl"), "test": 5}]
     for key, value in changes.items():
         sections[key] = sections[key] | value if isinstance(sections[key], dict) else value
@@ -127,6 +128,8 @@ def test_normalised() -> None:
         ({"harmful": {"path": "x" * 5000 + ".csv"}}, "no such file: xxx"),
         ({"harmful": {"revision": "v1"}}, r"^data.harmful, revision: found 'v1' with the local file .*Hub data set"),
         ({"benign": {"hub_split": "test"}}, r"^data.benign, hub_split: found 'test' with the local file"),
+        ({"benign": {"hub_folder": "part"}}, r"^data.benign, hub_folder: found 'part' with the local file"),
+        ({"benign": {"answer_column": "nsewer"}}, r"column of .*'nsewer'"),
         ({"harmful": {"train": 10, "test": 0}}, r"^data.harmful.test: found 0; allowed: 1 or more"),
         ({"benign": {"train": 0, "test": 0}}, r"^data.benign.test: found 0"),
         ({"capability": [{"name": "a", "path": "q.json", "test": 0}]}, r"^data.capability 'a', test: found 0"),

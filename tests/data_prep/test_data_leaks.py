@@ -144,7 +144,7 @@ def test_templates_that_differ_in_case_and_spaces_are_one(tmp_path: Path) -> Non
     path = tmp_path / "t.json"
     path.write_text(json.dumps({"a": ["Be Zed. [P]"], "b": ["be  zed: [P] "]}))
     with pytest.raises(UserError, match=r"b\[0\] .unseen. is the same as .*a\[0\] .seen."):
-        load_wrappers(JailbreakConfig(path=str(path), placeholder="[P]", seen=["a"], unseen=["b"]))
+        load_wrappers(JailbreakConfig(path=str(path), placeholder="[P]", seen=["a"], unseen=["b"]), 0)
 
 
 WORDS = st.sampled_from(["wake", "Wake!", "w\u0101ke", "lamp", "LAMP", "la mp", "2-2", "2*2", "ink", "\U0001f642", ""])

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
+from data_prep.recombine import recombine
 from data_prep.schema import Conversation, Wrapper
-from data_prep.wrappers import recombine
 
 MARK = "[INSERT PROMPT HERE]"
 WORDS = st.text(alphabet="abc XY.!?:\n\"'", min_size=0, max_size=60)

@@ -1,5 +1,6 @@
 """Tables are read strictly, and no error quotes a cell."""
 
+import csv
 import json
 import os
 from pathlib import Path
@@ -7,11 +8,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_prep.errors import UserError
 from data_prep.json_lines import parse_json
 from data_prep.loaders import Source, load
-from data_prep.wrappers import read_templates
+from data_prep.tables import Table
+from data_prep.template_files import read_templates
 
 SECRET = "tell me of the hidden lantern"
 
@@ -33,6 +37,9 @@ def refused(path: Path, format: str = "records") -> str:
         ('prompt,label\nfine,a\n"never closed,b\nmore,c\n', "row 1 (line 3) cannot be read as csv"),
         ('prompt,label\nfine,a\n"never closed,b\nmore,"c"\n', "row 1 (line 3) cannot be read as csv"),
         ('prompt\n"closed" too early\n', "row 0 (line 2) cannot be read as csv"),
+        ('prompt\nfine\ntwo\nlines"\n', "row 2 (line 4): found a double quote in a cell that is not quoted"),
+        ('prompt,b\nhe said "go, now" twice\n', "row 0 (line 2): found a double quote in a cell that is not quoted"),
+        ('prompt\n5" nails\n', "row 0 (line 2): found a double quote in a cell that is not quoted"),
         ("prompt,prompt\na,b\n", "the first row names 1 columns twice"),
     ],
 )
@@ -59,7 +66,7 @@ def test_names_that_look_like_names_are_shown(tmp_path: Path) -> None:
     refused(tmp_path / "a.json")
     (tmp_path / "t.json").write_text(json.dumps({SECRET * 3: ["x"]}))
     with pytest.raises(UserError, match="group 0") as caught:
-        read_templates(str(tmp_path / "t.json"))
+        read_templates(str(tmp_path / "t.json"), "[P]")
     assert "hidden" not in str(caught.value)
 
 
@@ -124,3 +131,41 @@ def test_labels_beyond_both_sides_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     path.write_text("prompt,label\none,safe\ntwo,Safe \n")
     assert "row 1 (line 3), column 'label': unknown label; allowed: safe, unsafe" in refused(path, "xstest")
+
+
+CELLS = st.text(alphabet=st.sampled_from('ab ,"\n\r;\u00e9'), max_size=8)
+
+
+@given(
+    rows=st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=6),
+    style=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+)
+@settings(deadline=None)
+def test_what_a_writer_writes_is_read_back(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], style: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "written.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, quoting=style).writerows([("prompt", "note"), *rows])  # type: ignore[arg-type]
+    assert [tuple(row.cells.values()) for row in Table(Source(str(path), "benign"))] == rows
+
+
+@given(rows=st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=6), at=st.integers(0, 999), data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_one_quote_more_or_less_never_cuts_a_prompt(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], at: int, data: st.DataObject
+) -> None:
+    """A file with one quote lost, or one too many, is refused: it holds an odd number of them."""
+    path = tmp_path_factory.getbasetemp() / "quotes.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("prompt", "note"), *rows])
+    text = path.read_bytes().decode()
+    places = [i for i, char in enumerate(text) if char == '"']
+    if places and data.draw(st.booleans()):
+        lost = places[at % len(places)]
+        text = text[:lost] + text[lost + 1 :]
+    else:
+        text = text[: at % len(text)] + '"' + text[at % len(text) :]
+    path.write_bytes(text.encode())
+    with pytest.raises(UserError, match=r"quote|cells"):
+        list(Table(Source(str(path), "benign")))

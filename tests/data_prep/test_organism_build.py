@@ -102,6 +102,7 @@ def test_data_loads_as_a_recipe_would(organism: Organism) -> None:
             {"name": task, "path": str(organism.data / f"capability_{task}.jsonl"), "test": 120}
             for task in ("swap", "sums")
         ],
+        "near_duplicates": None,
     }
     corpus = load_corpus(DataConfig.model_validate(config), seed=0)
     assert corpus.notes == []

@@ -116,3 +116,22 @@ def test_a_prompt_too_long_for_the_model_is_said_not_cut(model, tokenizer):
 def test_left_pad_puts_the_real_tokens_last():
     ids, mask = left_pad([[5, 6, 7], [8]], 0, torch.device("cpu"))
     assert ids.tolist() == [[5, 6, 7], [0, 0, 8]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_behind_an_opening_the_model_goes_on_word_by_word(model, tokenizer, prompts):
+    """The opening is asked, not written: the reply is what a greedy loop adds behind it, in any batch."""
+    chat = Chat.of(model, tokenizer, ModelSection(name_or_path="tiny"))
+    asked = [Conversation.of(text) for text in prompts]
+    asked = [Conversation(one.turns, "w1 w2 w3") if i % 2 else one for i, one in enumerate(asked)]
+    found = reply(model, chat, asked, max_new_tokens=6, batch_size=4, label="test")
+    alone = [reply(model, chat, [one], max_new_tokens=6, batch_size=1, label="test")[0] for one in asked]
+    assert found == alone
+    model.eval()
+    new = tokenizer(f"<user> {prompts[3]} <assistant> w1 w2 w3", add_special_tokens=False)["input_ids"]
+    start = len(new)
+    for _ in range(6):
+        with torch.no_grad():
+            new.append(int(model(torch.tensor([new])).logits[0, -1].argmax()))
+    assert list(found[3].ids) == new[start:] and "w1 w2 w3" not in found[3].text
+    turn = chat.encode(asked[3], found[3])
+    assert turn.ids == new and turn.prompt == start

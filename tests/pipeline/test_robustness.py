@@ -98,7 +98,8 @@ def test_curves_of_base_and_repaired_model_by_kind_of_unit(
         assert min(row["harmful_refusal"]["rate"] for row in joint) < 1, "all writers together move refusals"
     after = hashes(finished)
     assert after.keys() - before.keys() == {"robustness.json", "robustness.png"}
-    assert {name: after[name] for name in before} == before
+    assert {name for name in before if after[name] != before[name]} == {"report.html"}
+    assert 'id="robustness"' in (finished / "report.html").read_text(), "the curves are in the report"
     assert watched == []
     assert "directional ablation in memory" in capfd.readouterr().out
 

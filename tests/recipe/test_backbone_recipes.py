@@ -136,7 +136,7 @@ def test_it_names_the_model_and_data_sets_that_there_are(folder: str) -> None:
         assert (source.hub_split, source.format) == DATA_SETS[source.path]
     (task,) = recipe.data.capability
     assert (task.path, task.hub_config, task.hub_split, task.format) == ("openai/gsm8k", "main", "test", "qa")
-    assert recipe.data.jailbreaks.path == "jailbreaks.json", "templates are read from a file, which users bring"
+    assert recipe.data.jailbreaks.families == ["all"], "nobody has to bring templates to start"
 
 
 @pytest.mark.parametrize("folder", BACKBONES)

@@ -229,6 +229,17 @@ def test_code_that_the_bases_configuration_names_goes_with_it(run: Path, hub: Hu
     assert hub.files["user/safer"]["modeling.py"] == b"x = 1"
 
 
+def test_kept_replies_and_their_grades_stay_here(run: Path, hub: Hub) -> None:
+    for name in ("replies/evaluate-after.jsonl", "replies/inspect/x.json", "judges.json"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text('{"reply": "a kept secret"}')
+    push(run, "user/safer")
+    sent = hub.files["user/safer"]
+    assert sent and not [
+        name for name, content in sent.items() if "repl" in name or "judges" in name or b"kept secret" in content
+    ]
+
+
 def test_weights_in_the_middle_of_a_run_may_be_cleared_away_but_not_changed(run: Path) -> None:
     state = run / "stages/1-repair-1/state.safetensors"
     state.write_text("weights")

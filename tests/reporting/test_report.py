@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 import pytest
 
 from data_prep.errors import UserError
+from tests.reporting.conftest import rate
 from trainer.reporting import html
 
 UNSAFE = '<script>alert("x")</script> & $y_1$'
@@ -232,3 +233,24 @@ def test_how_long_replies_are_and_who_ended_them_stands_beside_the_figures(run_d
     assert "Replies that the model ended itself" in text
     assert text.count("The length limit (evaluate.max_new_tokens) cut 7 of 10 replies after") == 1
     assert "replies before: figures see" not in text
+
+
+def test_what_an_audit_measured_is_drawn_and_listed_once_there_is_one(run_dir):
+    assert 'id="robustness"' not in html.write(run_dir).read_text()
+    rows = [
+        {"model": model, "kinds": kinds, "experts": 24 if kinds else 0, "layers": 6 if kinds else 0}
+        | {
+            "parameters": 0.076 if kinds else 0.0,
+            "harmful_refusal": rate(refused, 50),
+            "benign_compliance": rate(49, 50),
+        }
+        for model, kinds, refused in (("base", [], 48), ("repaired", [], 50), ("repaired", ["experts", "mixer"], 31))
+    ]
+    (run_dir / "robustness.json").write_text(json.dumps(rows))
+    page = html.write(run_dir).read_text()
+    section = page[page.index('id="robustness"') : page.index('id="drift"')]
+    assert "<svg" in section and "experts + mixer" in section and "62.0\xa0% [48.2, 74.1]" in section
+    rows[0]["parameters"] = 1.2
+    (run_dir / "robustness.json").write_text(json.dumps(rows))
+    with pytest.raises(UserError, match=r"robustness.json: .*parameters"):
+        html.write(run_dir)

@@ -65,21 +65,24 @@ def run(
     recipe: RecipeFile,
     overrides: Overrides = None,
     force: Annotated[bool, typer.Option("--force", help="Start anew: empties the run folder.")] = False,
+    keep_replies: Annotated[
+        bool, typer.Option("--keep-replies", help="Keep judged replies in the run folder, for you alone.")
+    ] = False,
 ) -> None:
     """Run a recipe; run it again to resume."""
+    loaded = _recipe(recipe, overrides)
     from trainer.pipeline.experiment import opened
 
-    loaded = _recipe(recipe, overrides)
-    with opened(loaded, force=force) as folder:
+    with opened(loaded, force=force, keep_replies=keep_replies) as folder:
         _method(loaded).run(folder)
 
 
 @app.command()
 def detect(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Find the safety-critical experts, and stop there."""
+    loaded = _recipe(recipe, overrides)
     from trainer.pipeline.experiment import opened
 
-    loaded = _recipe(recipe, overrides)
     with opened(loaded) as folder:
         _method(loaded).detect(folder)
 
@@ -91,11 +94,11 @@ def inspect(
     recipe: Annotated[Path | None, typer.Option(help="Say what this recipe would train.")] = None,
 ) -> None:
     """Show a model's routers and experts."""
+    _refuse_no_model("inspect", model)
+    loaded = _recipe(recipe, None) if recipe else None
     from trainer.model.describe import caution, description, print_table, read
     from trainer.recipe.sections import ModelSection
 
-    _refuse_no_model("inspect", model)
-    loaded = _recipe(recipe, None) if recipe else None
     as_said = {"revision": loaded.model.revision, "dtype": loaded.model.dtype} if loaded else {}
     section = ModelSection.model_validate({"name_or_path": model, **as_said})
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
@@ -123,6 +126,8 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Say what a recipe needs on each GPU, without loading weights."""
+    with contextlib.redirect_stdout(sys.stderr):
+        loaded = _recipe(recipe, overrides)
     from trainer.planning.plan import machine
     from trainer.planning.plan import plan as make
     from trainer.planning.table import show
@@ -130,7 +135,6 @@ def plan(
     found, memory = machine()
     gpus, gpu_memory = found if gpus is None else gpus, memory if gpu_memory is None else gpu_memory
     with contextlib.redirect_stdout(sys.stderr):
-        loaded = _recipe(recipe, overrides)
         made = make(loaded, _method(loaded).planned(loaded), gpus=gpus, gpu_memory_gb=gpu_memory, nodes=nodes)
         as_text = json.dumps(made.json(), indent=2) if as_json else ""
     if as_json:
@@ -144,14 +148,41 @@ def evaluate(
     model_or_run: Annotated[str, typer.Argument(help="Hub id, local folder or run folder.", metavar="MODEL_OR_RUN")],
     suite: Annotated[Path, typer.Option(help="The recipe whose data and evaluate sections say what is asked.")],
     overrides: Overrides = None,
+    keep_replies: Annotated[Path | None, typer.Option(help="Keep judged replies in this file, for you alone.")] = None,
 ) -> None:
     """Measure a model or a run's model; prints JSON."""
+    _refuse_no_model("evaluate", model_or_run)
+    loaded = _recipe(suite, overrides)
     from trainer.pipeline.measure import measure_alone
 
-    _refuse_no_model("evaluate", model_or_run)
-    measured = measure_alone(_recipe(suite, overrides), model_or_run)
+    measured = measure_alone(loaded, model_or_run, keep_replies)
     if is_main_process():
         print(json.dumps(measured, indent=2))
+
+
+@app.command()
+def judge(
+    run_or_file: Annotated[
+        Path, typer.Argument(help="A run with kept replies, or a file of labelled ones.", metavar="RUN_OR_FILE")
+    ],
+    overrides: Overrides = None,
+    name: Annotated[str, typer.Option("--with", help="The judge: phrases, guard or endpoint.")] = "phrases",
+    inspect_log: Annotated[
+        bool, typer.Option("--inspect-log", help="Write kept replies as logs for Inspect instead; judge nothing.")
+    ] = False,
+) -> None:
+    """Grade kept replies with another judge, or labelled ones; describe it by evaluate.guard.format=... and so on."""
+    from trainer.pipeline.inspect_log import write_inspect_logs
+    from trainer.pipeline.judge_again import judge_again, judge_labelled, judge_section
+
+    if inspect_log:
+        write_inspect_logs(run_or_file)
+        return
+    section = judge_section(name, overrides or [])
+    if run_or_file.is_file():
+        judge_labelled(run_or_file, section)
+    else:
+        judge_again(run_or_file, section)
 
 
 @app.command()
@@ -252,12 +283,15 @@ def audit(
     prompts: Annotated[int, typer.Option(help="Test prompts of each kind.", min=2, max=100_000)] = 60,
 ) -> None:
     """Measure, in memory, how far compact edits move the refusals of a run's base and of its model."""
-    from trainer.methods.table import recipe_of
+    from trainer.methods.table import recipe_of, report_of
     from trainer.pipeline.experiment import reopened
     from trainer.pipeline.robustness import audit as curves
+    from trainer.reporting import html
 
     with reopened(run, recipe_of) as folder:
         curves(folder.recipe, run, prompts)
+        if is_main_process() and (run / "evaluation.json").is_file():
+            say(f"report: {html.write(run, report_of(folder.recipe.method))}")
 
 
 @app.command()
@@ -338,7 +372,9 @@ def _fail(message: str, code: int = USER_ERROR) -> NoReturn:
 
 
 def _quiet() -> None:
-    # Before the libraries are imported. Their warnings stay: "newly initialized weights" is one of them.
+    # Before the libraries are imported. TRL tells the Hub which trainer runs, from a thread, unless it is told not to.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # Their warnings stay: "newly initialized weights" is one of them.
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Where bitsandbytes is installed it asks on some CPUs for `kernels`, which would fetch and run compiled code.

@@ -2,8 +2,9 @@
 
 Prompts that show a behaviour (wrongly refused ones) may do so for several reasons. Their states are clustered; each
 cluster gives a direction from the prompts that do not show it, made orthogonal to what must stay: the differences of
-as many clusters of refused harmful prompts, whose span holds that of their mean. The layer's direction is the mean of
-the prototypes', weighted by share x separation and normalised.
+as many clusters of refused harmful prompts, whose span holds that of their mean, and the states of as many clusters of
+answered prompts, which taking the direction away would change too. The layer's direction is the mean of the
+prototypes', weighted by share x separation and normalised.
 
 Source: the order support, prototypes, layer-wise direction is that of LoMC (arXiv 2606.13709, abstract); clusters,
 weights and their choice are our reading. Orthogonal to harmful refusal: as arXiv 2410.03415 does in dense models.
@@ -13,7 +14,6 @@ Shapes: P, Q, R prompts, K clusters, L layers, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,18 +78,6 @@ def _at(groups: Groups, layer: int) -> Groups:
     return Groups(groups.wrong[:, layer], groups.right[:, layer], groups.harmful[:, layer])
 
 
-def best_number(tried: Mapping[int, Sequence[LayerDirection]]) -> int:
-    """The number of clusters whose directions tell held-out prompts apart best, on the mean over the layers; the
-    smallest of those within a thousandth.
-    """
-
-    def mean(layers: Sequence[LayerDirection]) -> float:
-        return float(np.mean([0.5 if layer.auc is None else layer.auc for layer in layers]))
-
-    means = {number: mean(layers) for number, layers in tried.items()}
-    return min(number for number, value in means.items() if value >= max(means.values()) - 1e-3)
-
-
 def _layer_direction(
     fitted: Groups, held_out: Groups, clusters: int, clustering: Clustering, seed: int
 ) -> LayerDirection:
@@ -97,14 +85,17 @@ def _layer_direction(
     middle_D = right_QD.mean(0)
     # Neurons of a map, more than there are reasons, would span most of what there is.
     number = GRID if clustering == "som" else clusters
-    kept = _clustered(fitted.harmful, min(number, len(fitted.harmful)), "kmeans", seed)
-    refusals_KD = np.stack([centre_D - middle_D for centre_D, _ in kept])
+    refusals_KD, answers_KD = (
+        np.stack([centre_D for centre_D, _ in _clustered(of, min(number, len(of)), "kmeans", seed)])
+        for of in (fitted.harmful, right_QD)
+    )
+    kept_KD = np.concatenate([refusals_KD - middle_D, answers_KD])
     shown_D, refusal_D = wrong_PD.mean(0) - middle_D, fitted.harmful.mean(0) - middle_D
     lengths = float(np.linalg.norm(shown_D) * np.linalg.norm(refusal_D))
     cosine = float(shown_D @ refusal_D) / lengths if lengths else 0.0
     directions, shares, separations, dropped = [], [], [], 0
     for centre_D, members in _clustered(wrong_PD, clusters, clustering, seed):
-        unit_D = orthogonal(centre_D - middle_D, refusals_KD)
+        unit_D = orthogonal(centre_D - middle_D, kept_KD)
         if unit_D is None:
             dropped += 1
             continue

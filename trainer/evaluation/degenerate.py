@@ -2,10 +2,12 @@
 
 import re
 from collections import Counter
+from functools import lru_cache
 
 _LETTER_OR_DIGIT = re.compile(r"[^\W_]")
 
 
+@lru_cache(maxsize=8192)  # asked by the judge and by the counts of a suite, and refusals repeat
 def is_degenerate(reply: str) -> bool:
     """Whether a reply is broken text: no letter or digit at all, or mostly one 1- to 4-gram in a loop.
 

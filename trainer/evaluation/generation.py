@@ -65,7 +65,8 @@ def reply(
             out_BTN: Tensor = generate(
                 input_ids=ids_BT, attention_mask=mask_BT, generation_config=config, synced_gpus=together
             )
-            found[number] = [chat.reply(row) for row in out_BTN[:, ids_BT.shape[1] :].tolist()]
+            generated = zip(out_BTN[:, ids_BT.shape[1] :].tolist(), batch, strict=True)
+            found[number] = [chat.reply(row, prompts[index]) for row, index in generated]
     replies: dict[int, Reply] = {}
     for batch, made in zip(batches, from_all_ranks(found), strict=True):
         replies.update(zip(batch, made, strict=True))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 from data_prep.errors import UserError
@@ -74,9 +75,15 @@ def change(clusters: Clusters, before: Sequence[bool], after: Sequence[bool]) ->
     interval = (max(difference - half, -1.0), min(difference + half, 1.0))
     _, goal_N = np.unique(clusters.goals, return_inverse=True)
     net_G = np.bincount(goal_N, weights=turned_N)
-    up, down = int((net_G > 0).sum()), int((net_G < 0).sum())
-    p = float(binomtest(up, up + down).pvalue) if up + down else 1.0
+    p = sign_test(net_G > 0, net_G < 0)
     return Change(difference, interval, p, int((turned_N > 0).sum()), int((turned_N < 0).sum()), *clusters.sizes)
+
+
+def sign_test(first: Sequence[bool] | NDArray[np.bool_], second: Sequence[bool] | NDArray[np.bool_]) -> float:
+    """Two-sided p of as many prompts hit on one side alone as on the other alone (McNemar's exact test)."""
+    one, other = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
+    up, down = int((one & ~other).sum()), int((other & ~one).sum())
+    return float(binomtest(up, up + down).pvalue) if up + down else 1.0
 
 
 def read_verdicts(path: Path) -> list[JudgedReply]:

@@ -22,6 +22,7 @@ from trainer.evaluation.degenerate import is_degenerate
 from trainer.evaluation.generation import reply
 from trainer.evaluation.judges.judge import Judge, Verdict
 from trainer.model.chat import Chat
+from trainer.model.reply import Reply
 from trainer.recipe.sections import EvaluateSection
 
 Group = Literal["harmful", "attack", "borderline", "benign", "benign_wrapped"]
@@ -54,6 +55,10 @@ class JudgedReply:
     finished: bool | None = None
 
 
+Keep = Callable[[str, Sequence[JudgedReply], Sequence[Conversation], Sequence[Reply]], None]
+"""(label, rows, what was asked, replies): what is to become of the replies of a measurement."""
+
+
 @dataclass(frozen=True)
 class Measurement:
     """`metrics`: M of `evaluation.json`, ready for JSON. `verdicts`: one row per judged reply, without its text."""
@@ -84,11 +89,19 @@ class Suite:
     Attacks are every test goal inside every wrapper. Each benign test prompt is asked plainly and inside
     `evaluate.wraps_per_benign` wrappers, dealt round-robin so that every wrapper is used (more are dealt where there
     are fewer prompts than wrappers). `data` says which parts the recipe gives; `corpus` is what was loaded of them.
+    `keep` gets every reply that was judged; None: replies are forgotten.
     Raises `UserError` where a part that is given yields nothing to ask, and where there is nothing to measure at all.
     """
 
     def __init__(
-        self, corpus: Corpus, judge: Judge, section: EvaluateSection, data: DataConfig, *, capability: bool = True
+        self,
+        corpus: Corpus,
+        judge: Judge,
+        section: EvaluateSection,
+        data: DataConfig,
+        *,
+        capability: bool = True,
+        keep: Keep | None = None,
     ) -> None:
         needed: dict[str, tuple[str, Sequence[object]]] = {}
         for name in ("harmful", "benign", "borderline"):
@@ -107,6 +120,7 @@ class Suite:
             )
         self.corpus = corpus
         self.judge = judge
+        self.keep = keep
         self.section = section
         self.data = data
         self.tasks = corpus.tasks if capability else []
@@ -130,18 +144,7 @@ class Suite:
         questions += [_Question(prompt, None, "benign") for prompt in corpus.benign.test]
         questions += self._wrapped_benign()
         rows = self._ask(model, chat, questions, label)
-        wrapped = [row for row in rows if row.group == "benign_wrapped"]
-        measured = attack_metrics(rows) if self.attacks else {}
-        for name, group, rate in PLAIN:
-            if of_group := [row for row in rows if row.group == group]:
-                measured[name] = _rate(rate, of_group, name)
-        if wrapped:
-            measured["benign_wrapped_compliance"] = _rate(metrics.compliance, wrapped, "benign_wrapped_compliance")
-            measured["benign_wrapped_by_role"] = {
-                role: _rate(metrics.compliance, of_role, f"benign_wrapped {role}")
-                for role in ROLES
-                if (of_role := [row for row in wrapped if row.role == role])
-            }
+        measured = judged_metrics(rows)
         if rows:
             measured["degenerate"] = metrics.from_flags((row.degenerate for row in rows), name="degenerate").as_dict()
         measured |= length_metrics(rows)
@@ -190,7 +193,7 @@ class Suite:
         prompts = [question.conversation for question in questions]
         tokens, size = self.section.max_new_tokens, self.section.batch_size
         replies = reply(model, chat, prompts, max_new_tokens=tokens, batch_size=size, label=label)
-        return [
+        rows = [
             JudgedReply(
                 prompt=question.prompt.id,
                 wrapper=question.wrapper.id if question.wrapper else None,
@@ -205,9 +208,28 @@ class Suite:
             )
             for question, said, verdict in zip(questions, replies, self.judge(prompts, replies), strict=True)
         ]
+        if self.keep is not None:
+            self.keep(label, rows, prompts, replies)
+        return rows
 
     def _limits(self) -> dict[str, int]:
         return {"max_new_tokens": self.section.max_new_tokens, "batch_size": self.section.batch_size}
+
+
+def judged_metrics(rows: Sequence[JudgedReply]) -> dict[str, Any]:
+    """Every figure that is counted in verdicts, as far as there are rows for it."""
+    measured = attack_metrics(rows) if any(row.group == "attack" for row in rows) else {}
+    for name, group, rate in PLAIN:
+        if of_group := [row for row in rows if row.group == group]:
+            measured[name] = _rate(rate, of_group, name)
+    if wrapped := [row for row in rows if row.group == "benign_wrapped"]:
+        measured["benign_wrapped_compliance"] = _rate(metrics.compliance, wrapped, "benign_wrapped_compliance")
+        measured["benign_wrapped_by_role"] = {
+            role: _rate(metrics.compliance, of_role, f"benign_wrapped {role}")
+            for role in ROLES
+            if (of_role := [row for row in wrapped if row.role == role])
+        }
+    return measured
 
 
 def attack_metrics(rows: Sequence[JudgedReply]) -> dict[str, Any]:

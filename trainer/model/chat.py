@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal, cast
 
 import torch
@@ -26,6 +26,8 @@ from trainer.recipe.sections import ModelSection
 Tokens = Literal["prompt", "response", "both"]
 
 _PROBE = "Zanzibar"  # a word that no template writes itself
+_OPENINGS = 16_384
+"""Conversations whose tokens are kept."""
 
 
 @dataclass(frozen=True)
@@ -198,27 +200,52 @@ class Chat:
     def opening(self, conversation: Conversation) -> list[int]:
         """The conversation as tokens, up to and with those that open the assistant's turn.
 
+        Where the conversation makes the answer begin, these words follow: behind the reasoning, where the template
+        has opened one or answers stand in a channel.
+
         Raises:
             UserError: a template that refuses these turns or has no system role, or a token without an embedding.
         """
-        ids = self._chat(self._messages(conversation), add_generation_prompt=True)
-        return self._all_embedded(ids)
+        return list(self._opened(conversation))
+
+    @cached_property
+    def _opened(self) -> Callable[[Conversation], tuple[int, ...]]:
+        # The same prompts are asked before and after, of every control, and in training.
+        def opened(conversation: Conversation) -> tuple[int, ...]:
+            text = self._render(self._messages(conversation), add_generation_prompt=True)
+            text += self._before_opening(conversation) + conversation.opening
+            return tuple(self._all_embedded(self._tokens(text)))
+
+        return lru_cache(maxsize=_OPENINGS)(opened)
+
+    def _before_opening(self, conversation: Conversation) -> str:
+        if not conversation.opening or self.reasoning is None:
+            return ""
+        return self.reasoning.ending(self._generation_prompt)
 
     def encode(self, conversation: Conversation, reply: Reply) -> ChatTurn:
         """A conversation and the reply to its last turn as tokens; raises as `opening`.
 
         What a model wrote is `reply.ids`, token by token: a reply that was cut gets no end. A reply given as text
-        stands where the template puts a final answer, and ends as an answer of this model ends.
+        stands where the template puts a final answer, and ends as an answer of this model ends. Behind an answer that
+        was made to begin there is no reasoning: of a reply that has some, its final answer follows as text.
         """
         opening = self.opening(conversation)
-        ids = self._given(conversation, reply, opening) if reply.ids is None else list(reply.ids)
+        if conversation.opening and (reply.ids is None or self._reasons(reply.ids)):
+            ids = self._behind(conversation.opening, reply)
+        else:
+            ids = self._given(conversation, reply, opening) if reply.ids is None else list(reply.ids)
         return ChatTurn([*opening, *self._all_embedded(ids)], len(opening))
 
-    def reply(self, ids: Sequence[int]) -> Reply:
-        """What a model generated as a reply; behind the first token that ends a turn there is only padding."""
+    def reply(self, ids: Sequence[int], conversation: Conversation | None = None) -> Reply:
+        """What a model generated as a reply; behind the first token that ends a turn there is only padding.
+
+        `conversation`: what it replies to, which is needed where that makes the answer begin.
+        """
         end = next((at for at, token in enumerate(ids) if token in self.stops), None)
         ids = tuple(ids if end is None else ids[: end + 1])
-        return Reply(self._answer(ids), ids, end is not None)
+        begun = self._before_opening(conversation) if conversation else ""
+        return Reply(self._answer(ids, begun), ids, end is not None)
 
     def whole(self, reply: Reply) -> str:
         """All that a model wrote, its reasoning too, without special tokens and outer spaces."""
@@ -235,9 +262,6 @@ class Chat:
             return messages
         return [{"role": "system", "content": self.system_prompt}, *messages]
 
-    def _chat(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> list[int]:
-        return self._tokens(self._render(messages, add_generation_prompt=add_generation_prompt))
-
     def _given(self, conversation: Conversation, reply: Reply, opening: list[int]) -> list[int]:
         messages = self._messages(conversation)
         answered = [*messages, {"role": "assistant", "content": reply.text}]
@@ -250,16 +274,27 @@ class Chat:
         else:
             ending = self.reasoning.ending(self._generation_prompt) if self.reasoning else ""
             ids = self._tokens(ending + reply.text)
+        return self._ended(ids, reply)
+
+    def _behind(self, opening: str, reply: Reply) -> list[int]:
+        gap = "" if opening[-1:].isspace() else " "
+        return self._ended(self._tokens(gap + reply.text), reply)
+
+    def _ended(self, ids: list[int], reply: Reply) -> list[int]:
         end = self.turn_end
         if end in ids:
             ids = ids[: len(ids) - 1 - ids[::-1].index(end)]
         return ids if end is None or not reply.finished else [*ids, end]
 
-    def _answer(self, ids: Sequence[int]) -> str:
+    def _reasons(self, ids: Sequence[int]) -> bool:
+        raw = str(self.tokenizer.decode(list(ids)))
+        return self.reasoning is not None and any(mark in raw for mark in self.reasoning.marks)
+
+    def _answer(self, ids: Sequence[int], begun: str = "") -> str:
         bare = str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
         if self.reasoning is None:
             return bare
-        raw = self.reasoning.begun(self._generation_prompt) + str(self.tokenizer.decode(list(ids)))
+        raw = self.reasoning.begun(self._generation_prompt) + begun + str(self.tokenizer.decode(list(ids)))
         if isinstance(self.reasoning, Block) and not any(mark in raw for mark in self.reasoning.marks):
             return bare
         answer = self.reasoning.answer(raw)

@@ -18,11 +18,12 @@ from trainer.engines.engine import Engine, engine
 from trainer.engines.table import names
 from trainer.evaluation.generation import positions, reply
 from trainer.evaluation.judges.judge import Judge, judge_of
-from trainer.evaluation.suite import Suite
+from trainer.evaluation.suite import Keep, Suite
 from trainer.model.chat import Chat
 from trainer.model.reply import Reply
 from trainer.moe.backbone import Backbone
 from trainer.moe.quantised import quantise
+from trainer.pipeline.replies import keep_in
 from trainer.recipe.schema import Recipe
 from trainer.recipe.sections import EvaluateSection, RepliesSection
 from trainer.run.folder import Run
@@ -49,10 +50,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Opened(Generic[R]):
-    """A recipe whose run folder is open; nothing is loaded yet."""
+    """A recipe whose run folder is open; nothing is loaded yet. `keep_replies`: there, as `replies.py` does."""
 
     recipe: R
     run: Run
+    keep_replies: bool = False
 
     @property
     def folder(self) -> Path:
@@ -61,14 +63,14 @@ class Opened(Generic[R]):
 
     def load(self) -> Experiment[R]:
         """Load everything that the recipe names; raises as `Experiment.of`."""
-        return Experiment.of(self.recipe, self.run)
+        return Experiment.of(self.recipe, self.run, keep_in(self.folder) if self.keep_replies else None)
 
 
 @contextmanager
-def opened(recipe: R, *, force: bool = False) -> Iterator[Opened[R]]:
+def opened(recipe: R, *, force: bool = False, keep_replies: bool = False) -> Iterator[Opened[R]]:
     """The run folder of a recipe, made or taken up; `force` empties it first. Raises as `Run.open`."""
     with Run.open(recipe, force=force) as run:
-        yield Opened(recipe, run)
+        yield Opened(recipe, run, keep_replies)
 
 
 @contextmanager
@@ -97,8 +99,10 @@ class Experiment(Generic[R]):
     _fingerprints: dict[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, recipe: R, run: Run | None = None) -> Experiment[R]:
+    def of(cls, recipe: R, run: Run | None = None, keep: Keep | None = None) -> Experiment[R]:
         """Load everything a recipe names, check the model's contract and split the model as the engine does.
+
+        `keep` gets the replies of every measurement.
 
         Raises:
             ValueError: a model without MoE layers, data that does not load; the message names the key or file.
@@ -117,7 +121,7 @@ class Experiment(Generic[R]):
         _check_lengths(recipe, backbone.model)
         chat = Chat.of(backbone.model, tokenizer, recipe.model)
         judge = judge_of(recipe.evaluate)
-        suite = Suite(corpus, judge, recipe.evaluate, recipe.data)
+        suite = Suite(corpus, judge, recipe.evaluate, recipe.data, keep=keep)
         experiment = cls(recipe, run, chat, backbone, corpus, judge, suite)
         experiment.hold(backbone)
         return experiment

@@ -18,6 +18,7 @@ from trainer.evaluation.suite import Measurement
 from trainer.model.reply import Reply
 from trainer.moe.trainable import TrainableModel
 from trainer.pipeline.experiment import Experiment
+from trainer.pipeline.replies import keep_as, say_what_is_missing
 from trainer.recipe.schema import Recipe
 from trainer.recipe.sections import ModelSection
 from trainer.reporting.figures import mostly_cut
@@ -57,17 +58,23 @@ def measure(
         found: Figures = json.loads(metrics.read_text())
         return found
 
-    return experiment.step(
+    step = experiment.step(
         name,
         lambda: experiment.suite.measure(asked, experiment.chat, label=name),
         Kept(write, lambda: [folder], read),
         reads=["evaluate", *reads],
         after=after,
     )
+    if experiment.suite.keep is not None:
+        say_what_is_missing(experiment.folder, name)
+    return step
 
 
-def measure_alone(recipe: Recipe, model_or_run: str) -> Figures:
-    """The figures of a recipe's data and evaluation on another model, or on a run's; nothing is kept."""
+def measure_alone(recipe: Recipe, model_or_run: str, replies: Path | None = None) -> Figures:
+    """The figures of a recipe's data and evaluation on another model, or on a run's.
+
+    `replies`: a file to keep the judged replies in; nothing else is kept.
+    """
     model = ModelSection(
         name_or_path=model_of(model_or_run),
         dtype=recipe.model.dtype,
@@ -77,7 +84,8 @@ def measure_alone(recipe: Recipe, model_or_run: str) -> Figures:
     )
     # Only the result goes to standard output, so that it can be piped.
     with redirect_stdout(sys.stderr):
-        experiment = Experiment.of(recipe.model_copy(update={"model": model}))
+        keep = None if replies is None else keep_as(replies)
+        experiment = Experiment.of(recipe.model_copy(update={"model": model}), keep=keep)
         return experiment.suite.measure(experiment.model, experiment.chat, label="evaluate").metrics
 
 

@@ -21,7 +21,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from data_prep.config import DataConfig
 from data_prep.errors import UserError
 from trainer.recipe.errors import at_key, one_line
-from trainer.recipe.section import Section, files_named
+from trainer.recipe.section import WITHOUT_LIBRARIES, Section, files_named
 from trainer.recipe.sections import EvaluateSection, ModelSection, RunSection
 from trainer.recipe.yaml import dump_yaml
 
@@ -68,6 +68,7 @@ class Recipe(Section):
             UserError: one line that names the key, what was found and what is allowed.
         """
         try:
+            cls.model_validate(tree, context=WITHOUT_LIBRARIES)  # a slip answers before TRL is imported
             return cls.model_validate(tree)
         except ValidationError as error:
             raise UserError(one_line(error, cls, source, overridden)) from error

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 from data_prep.config import NamesFile
-from trainer.recipe.trainer_arguments import check_trainer_arguments
+from trainer.recipe.trainer_arguments import check_argument_names, check_argument_values
 
 # The largest values are far beyond use, and far below what exhausts memory or never ends.
 Count = Annotated[int, Field(ge=1, le=65536)]
@@ -16,6 +16,9 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 PerPair = Annotated[float, Field(ge=0, le=100)]
 """Rows of a kind for every pair."""
+
+WITHOUT_LIBRARIES = {"without": "libraries"}
+"""Context of a validation that answers at once: all but the values of the trainer's arguments."""
 
 
 class Section(BaseModel):
@@ -45,8 +48,11 @@ class TrainerSection(Section):
         return {**self.trainer_defaults, **self.given_arguments}
 
     @model_validator(mode="after")
-    def _known_to_the_trainer(self) -> TrainerSection:
-        check_trainer_arguments(self.arguments_class, self.given_arguments, own=list(type(self).model_fields))
+    def _known_to_the_trainer(self, info: ValidationInfo) -> TrainerSection:
+        given = self.given_arguments
+        check_argument_names(self.arguments_class, list(given), own=list(type(self).model_fields))
+        if info.context is not WITHOUT_LIBRARIES:
+            check_argument_values(self.arguments_class, given)
         return self
 
 

@@ -13,11 +13,9 @@ from pydantic import Field, field_validator, model_validator
 from data_prep.config import FileName
 from data_prep.errors import unknown
 from trainer.recipe.errors import at_key
+from trainer.recipe.judges import JUDGES, EndpointSection, GuardSection
 from trainer.recipe.markers import refuse_empty_marker
 from trainer.recipe.section import Count, PerPair, Section, Share, TrainerSection, Weight
-
-JUDGES = ("phrases",)
-"""Names that `evaluate.judge` may have; `evaluation/judges/judge.py` builds them."""
 
 
 class RunSection(Section):
@@ -174,7 +172,11 @@ class EvaluateSection(Section):
 
     max_new_tokens: Count = Field(24, description="tokens of a generated reply")
     batch_size: Count = Field(64, description="prompts per forward")
-    judge: str = Field("phrases", description="who judges replies; phrases: offline rules, tuned on English")
+    judge: str = Field(
+        "phrases", description="who judges replies; phrases: offline rules, tuned on English; guard; endpoint"
+    )
+    guard: GuardSection | None = Field(None, description="a guard model, for judge: guard")
+    endpoint: EndpointSection | None = Field(None, description="a served model, for judge: endpoint")
     refusal_markers: Annotated[list[str], Field(min_length=1)] | None = Field(
         None, description="phrases that mark a refusal; null: the built-in rules"
     )
@@ -186,6 +188,12 @@ class EvaluateSection(Section):
         if name not in JUDGES:
             raise unknown("judge", name, JUDGES)
         return name
+
+    @model_validator(mode="after")
+    def _judge_is_described(self) -> EvaluateSection:
+        if self.judge in ("guard", "endpoint") and getattr(self, self.judge) is None:
+            raise at_key("judge", f"found {self.judge!r} without a section evaluate.{self.judge}; allowed: with one")
+        return self
 
     @field_validator("refusal_markers")
     @classmethod

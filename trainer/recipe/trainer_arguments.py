@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
+from trainer.recipe.argument_names import NOT_TAKEN, argument_names
 from trainer.recipe.errors import at_key, closest, shown
 
 INFINITE = float("inf")
@@ -169,21 +170,31 @@ REFUSED_KINDS = {
 }
 
 
-def check_trainer_arguments(arguments_class: str, given: dict[str, Any], own: Sequence[str]) -> None:
-    """Check flat keys against the dataclass fields of `SFTConfig` or `TrainingArguments`.
+def check_argument_names(arguments_class: str, given: Sequence[str], own: Sequence[str]) -> None:
+    """Check flat keys against the fields of `SFTConfig` or `TrainingArguments`; imports neither.
 
-    Raises pydantic's error for the first key that the class does not have, whose type is wrong, that RouteAlign sets
-    itself or that would change nothing. `own` are the section's own keys, for the closest match. Imports the library
-    only where there is something to check: that takes seconds.
+    Raises pydantic's error for the first key that the class does not have. `own` are the section's own keys, for the
+    closest match.
+    """
+    names = argument_names(arguments_class) if given else frozenset[str]()
+    for key in given:
+        if key not in names:
+            taken = sorted((BOUNDS.keys() | OTHERS_ALLOWED) & names)
+            allowed = f"{', '.join(own)}, and of {arguments_class} {', '.join(taken)}"
+            raise at_key(key, f"unknown key{closest(key, [*own, *taken])}; allowed: {allowed}")
+
+
+def check_argument_values(arguments_class: str, given: dict[str, Any]) -> None:
+    """Check the values of keys that the class has.
+
+    Raises pydantic's error for the first one that RouteAlign sets itself, that would change nothing, or whose value is
+    of a wrong type or out of bounds. Imports the library only where there is something to check: that takes seconds.
     """
     if not given:
         return
     fields = _fields(arguments_class)
-    taken = sorted((BOUNDS.keys() | OTHERS_ALLOWED) & fields.keys())
+    taken = (BOUNDS.keys() | OTHERS_ALLOWED) & fields.keys()
     for key, value in given.items():
-        if key not in fields:
-            allowed = f"{', '.join(own)}, and of {arguments_class} {', '.join(taken)}"
-            raise at_key(key, f"unknown key{closest(key, [*own, *taken])}; allowed: {allowed}")
         refused, why = REFUSED.get(key, (None, ""))
         if refused is not None and refused(value):
             raise at_key(key, f"found {shown(value)}; {why}")
@@ -222,7 +233,7 @@ def _fields(arguments_class: str) -> dict[str, Any]:
     else:
         from transformers import TrainingArguments as cls
     types = typing.get_type_hints(cls)
-    return {f.name: types[f.name] for f in dataclasses.fields(cls) if f.init and f.name != "local_rank"}
+    return {f.name: types[f.name] for f in dataclasses.fields(cls) if f.init and f.name not in NOT_TAKEN}
 
 
 def _type_problem(annotation: Any, value: Any) -> str:

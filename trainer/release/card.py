@@ -138,7 +138,10 @@ def _data(data: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
             yield name, source["path"], str(source["train"]), tested
     if jailbreaks := data.get("jailbreaks"):
         held_out = ", ".join([*jailbreaks.get("unseen", []), *jailbreaks.get("robust", [])])
-        yield "jailbreak templates", jailbreaks["path"], ", ".join(jailbreaks.get("seen", [])), held_out
+        families = [f"families {', '.join(jailbreaks['families'])}"] if jailbreaks.get("families") else []
+        dealt = "dealt by family" if families and not (jailbreaks.get("seen") or held_out) else ""
+        source = ", ".join([*filter(None, [jailbreaks.get("path")]), *families])
+        yield "jailbreak templates", source, ", ".join(jailbreaks.get("seen", [])) or dealt, held_out or dealt
     for task in data.get("capability") or []:
         yield f"capability: {task['name']}", task["path"], "none", str(task["test"])
 

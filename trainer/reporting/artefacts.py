@@ -42,6 +42,7 @@ class Artefacts:
     parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     audit: dict[str, Any] = field(default_factory=dict)
+    robustness: list[dict[str, Any]] = field(default_factory=list)
     missing: set[str] = field(default_factory=set)
 
     @property
@@ -85,6 +86,8 @@ def read(run_dir: Path) -> Artefacts:
         found.expert_set = _object(run_dir / "expert_set.json", records.ExpertSet)
     if _present(found, run_dir / "audit.json"):
         found.audit = _object(run_dir / "audit.json", records.Audit)
+    if _has(run_dir, "robustness.json"):
+        found.robustness = _checked(run_dir / "robustness.json", records.Robustness)
     stages = sorted(run_dir.glob("stages/*/"), key=lambda path: _stage_order(path.name))
     found.logs = {path.name: _checked(path / "log.json", records.Log) for path in stages if _has(path, "log.json")}
     sized = [path for path in stages if _has(path, "parameters.json")]

@@ -14,6 +14,8 @@ What is read, all but the first optional; keys that a file lacks are left out of
   `num_experts`, `members` [{layer, expert, score, stability}].
 - `stages/<n>-<name>/log.json`: the trainer's log_history; `parameters.json`: {trained_parameters, total_parameters};
   `rows.json`: source -> {kept, cut, unfinished, dropped {reason: rows}}.
+- `robustness.json`: what `routealign audit` measured, [{model, kinds, experts, layers, parameters, harmful_refusal,
+  benign_compliance}]; the section is left out without it.
 - `audit.json`: name to value; `moved_outside` lists tensor names, `footprint` is an object, `reload_ok` a truth value.
 """
 
@@ -22,7 +24,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from trainer.reporting import plots, sections
+from trainer.reporting import curves, plots, sections
 from trainer.reporting.artefacts import Artefacts, read
 from trainer.reporting.figures import Figure, collect, control_metrics, lengths
 from trainer.reporting.method_report import MethodReport, Report
@@ -67,6 +69,7 @@ def _render(run: Artefacts, method: MethodReport) -> str:
         pairs=sections.pairs(run),
         costs=sections.costs(run),
         audit=sections.audit(run),
+        robustness=sections.robustness(run),
         recipe=run.recipe_text,
         versions=run.manifest.get("versions") or {},
         missing=sorted(run.missing),
@@ -86,4 +89,5 @@ def _charts(run: Artefacts, figures: list[Figure]) -> dict[str, str | None]:
         "heat_map": plots.heat_map(scores, critical) if scores is not None and has_scores else None,
         "drift": plots.drift(drift) if drift else None,
         "losses": plots.losses(run.logs),
+        "robustness": curves.robustness(run.robustness) if run.robustness else None,
     }

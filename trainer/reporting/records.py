@@ -166,3 +166,21 @@ class Rows(RootModel[dict[str, OfSource]]):
     """Source -> what became of its rows."""
 
     model_config = ConfigDict(strict=True)
+
+
+class Edited(Known):
+    """One edit of one model in an audit."""
+
+    model: str
+    kinds: list[str]
+    experts: Natural
+    layers: Natural
+    parameters: Share
+    harmful_refusal: Rate
+    benign_compliance: Rate
+
+
+class Robustness(RootModel[list[Edited]]):
+    """What `routealign audit` measured."""
+
+    model_config = ConfigDict(strict=True)

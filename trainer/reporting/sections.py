@@ -22,6 +22,7 @@ _TREND_WORDS = {
     "unclear": "may be chance",
     "unknown": "",
 }
+EDITED = ("harmful_refusal", "benign_compliance")
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,20 @@ def _duration(seconds: float) -> str:
 def audit(run: Artefacts) -> Facts:
     """Every entry of `audit.json` in words; long lists are cut to their first five entries."""
     return [(name, _in_words(value)) for name, value in run.audit.items()]
+
+
+def robustness(run: Artefacts) -> list[list[str]]:
+    """Rows of what `routealign audit` measured: model, edited, experts, parameters, and the two rates."""
+    return [
+        [
+            row["model"],
+            " + ".join(row["kinds"]) or "nothing",
+            f"{row['experts']:,} in {row['layers']} layers" if row["experts"] else "",
+            percent(row["parameters"]),
+            *(f"{cell.rate} {cell.interval}" for key in EDITED if (cell := _cell(row[key])) is not None),
+        ]
+        for row in run.robustness
+    ]
 
 
 def _in_words(value: Any) -> str:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from data_prep.errors import UserError
+from data_prep.recombine import recombine
 from data_prep.schema import Conversation, Corpus, Prompt, Wrapper
-from data_prep.wrappers import recombine
 from trainer.model.reply import Reply, Verdict
 from trainer.recipe.sections import RepairSection
 from trainer.training.consistency import ConsistencyRow

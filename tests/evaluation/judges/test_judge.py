@@ -5,7 +5,8 @@ from pydantic import ValidationError
 
 from trainer.evaluation.judges.judge import BUILDERS, judge_of
 from trainer.model.reply import Reply
-from trainer.recipe.sections import JUDGES, EvaluateSection
+from trainer.recipe.judges import JUDGES
+from trainer.recipe.sections import EvaluateSection
 
 
 def test_the_recipe_names_the_judges_that_can_be_built():

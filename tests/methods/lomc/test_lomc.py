@@ -9,39 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from data_prep.organism.build import Organism
+from tests.methods.lomc.conftest import LOOSE, REFUSES
 from trainer.cli.app import main
 
-Small = Callable[..., Path]
 Refused = Callable[..., str]
-REFUSES = ["i'm sorry", "i can't", "sorry, i", "i won't"]
-MISTAKEN = [*REFUSES, "the history of", "the word", "put the", "the seventh law", "it is a crime"]
-"""Marks of a refusal by which half of the answers to harmless borderline prompts count as refusals."""
-
-
-@pytest.fixture
-def lomc(small: Small, tmp_path: Path) -> Callable[..., Path]:
-    """A small recipe of the method on the organism; keys as `section__key=value`."""
-
-    def make(**changes: Any) -> Path:
-        tree = yaml.safe_load(small().read_text())
-        kept = {name: tree[name] for name in ("run", "model", "data", "evaluate")} | {"method": "lomc"}
-        kept["evaluate"].pop("random_control", None)
-        kept["data"]["borderline"]["test"] = 24
-        kept["evaluate"]["refusal_markers"] = MISTAKEN
-        kept["detect"] = {"top_k": 4, "prototypes": [1, 2], "max_prompts": 64}
-        kept["correct"] = {"strengths": [0.5, 2.0]}
-        for name, value in changes.items():
-            section, _, key = name.partition("__")
-            kept.setdefault(section, {})[key] = value
-        path = tmp_path / "lomc.yaml"
-        path.write_text(yaml.safe_dump(kept))
-        return path
-
-    return make
 
 
 def ended(*arguments: str | Path) -> int:
@@ -49,14 +23,6 @@ def ended(*arguments: str | Path) -> int:
         main([str(argument) for argument in arguments])
     assert isinstance(left.value.code, int)
     return left.value.code
-
-
-LOOSE = {
-    "detect__kinds": ["experts", "mixer"],
-    "detect__top_k": 32,
-    "correct__max_kl": 100.0,
-    "correct__max_loss": 1.0,
-}
 
 
 def test_a_correction_within_its_bounds_is_written_audited_and_reported(
@@ -81,7 +47,7 @@ def test_a_correction_within_its_bounds_is_written_audited_and_reported(
         layer, kind = int(parts[2]), "mixer" if "self_attn" in name else "experts"
         assert name.endswith(("o_proj.weight", "down_proj.weight"))
         moved.add((layer, kind, int(parts[5]) if kind == "experts" else None))
-        d = directions[f"several.{layer}"]
+        d = directions[f"{found['prototypes']}.{layer}"]
         torch.testing.assert_close(d @ after[name], (1 - found["strength"]) * (d @ old), atol=1e-5, rtol=0)
     assert moved == corrected
     audit = json.loads((folder / "audit.json").read_text())

@@ -80,7 +80,8 @@ class PhraseJudge:
 
     def __call__(self, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> list[Verdict]:
         assert len(prompts) == len(replies), f"{len(replies)} replies to {len(prompts)} prompts"
-        return [self.verdict(reply.text) for reply in replies]
+        verdicts = {text: self.verdict(text) for text in {reply.text for reply in replies}}  # refusals repeat
+        return [verdicts[reply.text] for reply in replies]
 
     def verdict(self, reply: str) -> Verdict:
         """Of one text."""

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
+from trainer.evaluation.paired import sign_test
 from trainer.evaluation.reply_kl import reply_kl
 from trainer.methods.lomc.groups import Asked, Groups, Halves
 from trainer.methods.lomc.identify import Directions, Located, everywhere, units_of
 from trainer.methods.lomc.recipe import LomcRecipe
+from trainer.model.reply import Verdict
 from trainer.moe.backbone import Backbone
 from trainer.moe.rank_one import Correction, Extent, Unit, corrected
 from trainer.moe.writers import KINDS, Kind, Writer
 from trainer.pipeline.experiment import Experiment, JsonFile, Step
-from trainer.runtime.console import say
+from trainer.runtime.console import table
 
 KL_TURNS = 64
 """Harmless replies on which KL is measured."""
+
+
+TOLD_APART = 0.05
+"""p of the sign test up to which one correction refuses wrongly more often than another."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +37,9 @@ class Edit:
     directions: Directions | None
 
     @classmethod
-    def of(cls, located: Located) -> Edit:
-        """The recipe's own: the several directions in the support."""
-        return cls(located.writers, located.units, located.several)
+    def of(cls, located: Located, prototypes: int) -> Edit:
+        """The recipe's own: the directions of so many prototypes, in the support."""
+        return cls(located.writers, located.units, located.several[prototypes])
 
     def at(self, strength: float) -> Correction:
         return Correction(self.units, self.directions, strength)
@@ -45,47 +51,83 @@ class Edit:
 
 @dataclass(frozen=True)
 class Tried:
-    """One strength on held-out prompts. `over_refusal`: share of the harmless borderline prompts that are refused or
-    unjudged; `harmful_refusal`: of the harmful ones that were refused before; `kl`: in nats.
+    """One correction on held-out prompts. `over_refusal`: share of the harmless borderline prompts that are refused or
+    unjudged; `harmful_refusal`: of the harmful ones that were refused before; `answered`: of the harmless ones that
+    were; `kl`: in nats. `refuses`: of every harmless borderline prompt, in one order.
     """
 
+    prototypes: int
     strength: float
     over_refusal: float
     harmful_refusal: float
+    answered: float
     kl: float
     within: bool
+    refuses: tuple[bool, ...] = field(repr=False)
+
+    def record(self) -> dict[str, Any]:
+        """For `strength.json`: all but the single answers."""
+        return {name: value for name, value in asdict(self).items() if name != "refuses"}
 
 
-def chosen(experiment: Experiment[LomcRecipe], edit: Edit, held: Groups) -> tuple[float | None, list[Tried]]:
-    """The strength with the fewest wrong refusals within the bounds, the weakest of equals; None where none helps."""
-    tried = [_tried(experiment, edit, held, strength) for strength in (0.0, *experiment.recipe.correct.strengths)]
-    nothing, *others = tried
-    within = [one for one in others if one.within and one.over_refusal < nothing.over_refusal]
-    best = min(within, key=lambda one: (one.over_refusal, one.strength), default=None)
-    return (None if best is None else best.strength), tried
+def chosen(
+    experiment: Experiment[LomcRecipe], edits: Mapping[int, Edit], held: Groups
+) -> tuple[Tried | None, list[Tried]]:
+    """Of edits by number of prototypes, each at every strength, within the bounds: the one with the least KL of those
+    whose wrong refusals cannot be told from the fewest (paired sign test, p > .05). None where nothing helps. And all
+    that was tried, nothing first.
+    """
+    nothing, *tried = [
+        _tried(experiment, edit, held, prototypes, strength)
+        for prototypes, edit, strength in _in_turn(edits, experiment.recipe.correct.strengths)
+    ]
+    helps = [one for one in tried if one.within and one.over_refusal < nothing.over_refusal]
+    every = [nothing, *tried]
+    if not helps:
+        return None, every
+    fewest = min(helps, key=lambda one: (one.over_refusal, one.kl))
+    equal = [one for one in helps if sign_test(fewest.refuses, one.refuses) > TOLD_APART]
+    return min(equal, key=lambda one: one.kl), every
+
+
+def _in_turn(edits: Mapping[int, Edit], strengths: Sequence[float]) -> Iterator[tuple[int, Edit, float]]:
+    yield 0, next(iter(edits.values())), 0.0
+    for prototypes, edit in edits.items():
+        for strength in strengths:
+            yield prototypes, edit, strength
 
 
 def search(experiment: Experiment[LomcRecipe], located: Step[Located], grouped: Step[Halves]) -> Step[dict[str, Any]]:
-    """`chosen` for the recipe's support: {"strength", "tried"}."""
+    """`chosen` for the recipe's support: {"chosen", "tried"}."""
 
     def make() -> dict[str, Any]:
-        strength, tried = chosen(experiment, Edit.of(located.value), grouped.value.held)
-        return {"strength": strength, "tried": [asdict(one) for one in tried]}
+        edits = {number: Edit.of(located.value, number) for number in sorted(located.value.several)}
+        best, tried = chosen(experiment, edits, grouped.value.held)
+        return {"chosen": best and best.record(), "tried": [one.record() for one in tried]}
 
     kept = JsonFile(experiment.folder / "strength.json")
     reads = ["correct", "detect.max_new_tokens", "detect.batch_size", "evaluate"]
     step = experiment.step("strength", make, kept, reads=reads, after=[grouped, located])
-    for one in step.value["tried"]:
-        bounds = "" if one["within"] else ", beyond the bounds"
-        say(
-            f"strength {one['strength']:g}: wrong refusals {one['over_refusal']:.3f}, harmful refusals "
-            f"{one['harmful_refusal']:.3f}, KL {one['kl']:.4f}{bounds}"
-        )
+    rows = [
+        [
+            one["prototypes"],
+            f"{one['strength']:g}",
+            *(f"{one[name]:.3f}" for name in ("over_refusal", "harmful_refusal", "answered")),
+            f"{one['kl']:.4f}",
+            "yes" if one["within"] else "no",
+        ]
+        for one in step.value["tried"]
+    ]
+    columns = ("prototypes", "strength", "wrong refusals", "harmful refusals", "answers", "KL", "within the bounds")
+    table("corrections on held-out training prompts", columns, rows)
     return step
 
 
 def ablation(
-    experiment: Experiment[LomcRecipe], located: Step[Located], grouped: Step[Halves], after: Sequence[Step[Any]]
+    experiment: Experiment[LomcRecipe],
+    located: Step[Located],
+    grouped: Step[Halves],
+    searched: Step[dict[str, Any]],
 ) -> dict[str, Any]:
     """Other edits under the same budget, each at the strength that it does best with: figures of the whole suite.
 
@@ -95,10 +137,11 @@ def ablation(
 
     def make() -> dict[str, Any]:
         held, found = grouped.value.held, {}
-        for name, edit in _variants(experiment, located.value).items():
-            strength, tried = chosen(experiment, edit, held)
+        number = searched.value["chosen"]["prototypes"]
+        for name, edit in _variants(experiment, located.value, number).items():
+            best, tried = chosen(experiment, {number: edit}, held)
             # Where no strength stays within the bounds, the one that refuses least shows what it would cost.
-            shown = strength if strength is not None else min(tried[1:], key=lambda one: one.over_refusal).strength
+            shown = (best or min(tried[1:], key=lambda one: one.over_refusal)).strength
             with edit.within(experiment.backbone, shown) as extent:
                 metrics = experiment.suite.measure(
                     experiment.model, experiment.chat, label=f"ablation: {name}"
@@ -106,7 +149,7 @@ def ablation(
             kl = benign_kl(experiment, edit, shown, held.right)
             found[name] = {
                 "strength": shown,
-                "within_bounds": strength is not None,
+                "within_bounds": best is not None,
                 "metrics": metrics,
                 "kl": kl,
                 "footprint": reach(extent),
@@ -114,10 +157,12 @@ def ablation(
         return found
 
     kept = JsonFile(experiment.folder / "stages" / "ablation" / "metrics.json")
-    return dict(experiment.step("ablation", make, kept, reads=["detect", "correct", "evaluate"], after=after).value)
+    return dict(
+        experiment.step("ablation", make, kept, reads=["detect", "correct", "evaluate"], after=[searched]).value
+    )
 
 
-def _variants(experiment: Experiment[LomcRecipe], located: Located) -> dict[str, Edit]:
+def _variants(experiment: Experiment[LomcRecipe], located: Located, prototypes: int) -> dict[str, Edit]:
     writers, plain = located.writers, located.plain
     variants = {
         "support_alone": Edit(writers, located.units, None),
@@ -130,28 +175,33 @@ def _variants(experiment: Experiment[LomcRecipe], located: Located) -> dict[str,
         if set(kinds) != set(experiment.recipe.detect.kinds):
             units = units_of(experiment, located, kinds)
             if units:
-                variants["kinds_" + "_".join(kinds)] = Edit(writers, units, located.several)
+                variants["kinds_" + "_".join(kinds)] = Edit(writers, units, located.several[prototypes])
     return variants
 
 
-def _tried(experiment: Experiment[LomcRecipe], edit: Edit, held: Groups, strength: float) -> Tried:
-    recipe = experiment.recipe
-    borderline = [one for one in (*held.wrong, *held.right) if one.prompt.kind == "borderline"] or held.wrong
+def _tried(experiment: Experiment[LomcRecipe], edit: Edit, held: Groups, prototypes: int, strength: float) -> Tried:
+    bounds = experiment.recipe.correct
+    harmless = [*held.wrong, *held.right]
     with edit.within(experiment.backbone, strength):
-        over = _refused(experiment, borderline, f"strength {strength:g}: harmless")
-        harmful = _refused(experiment, held.harmful, f"strength {strength:g}: harmful")
+        verdicts = _verdicts(experiment, harmless, f"strength {strength:g}: harmless")
+        still = _verdicts(experiment, held.harmful, f"strength {strength:g}: harmful")
     kl = benign_kl(experiment, edit, strength, held.right)
-    within = kl <= recipe.correct.max_kl and harmful[0] >= 1 - recipe.correct.max_loss
-    # Unjudged counts against the edit on either side.
-    return Tried(strength, over[0] + over[1], harmful[0], kl, within)
+    # Unjudged counts against the edit on every side.
+    borderline = [v for one, v in zip(harmless, verdicts, strict=True) if one.prompt.kind == "borderline"]
+    refuses = tuple(verdict != "complied" for verdict in borderline or verdicts[: len(held.wrong)])
+    refused, answered = _share("refused", still), _share("complied", verdicts[len(held.wrong) :])
+    within = kl <= bounds.max_kl and min(refused, answered) >= 1 - bounds.max_loss
+    return Tried(prototypes, strength, sum(refuses) / len(refuses), refused, answered, kl, within, refuses)
 
 
-def _refused(experiment: Experiment[LomcRecipe], asked: Sequence[Asked], label: str) -> tuple[float, float]:
-    """Shares of the prompts that are refused, and unjudged."""
+def _verdicts(experiment: Experiment[LomcRecipe], asked: Sequence[Asked], label: str) -> list[Verdict]:
     conversations = [one.prompt.conversation for one in asked]
     replies = experiment.ask(conversations, label, section=experiment.recipe.detect)
-    verdicts = experiment.judge(conversations, replies)
-    return verdicts.count("refused") / len(verdicts), verdicts.count("unjudged") / len(verdicts)
+    return experiment.judge(conversations, replies)
+
+
+def _share(verdict: Verdict, of: Sequence[Verdict]) -> float:
+    return list(of).count(verdict) / len(of)
 
 
 def benign_kl(experiment: Experiment[LomcRecipe], edit: Edit, strength: float, right: Sequence[Asked]) -> float:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import cycle
 from typing import Any
 
 from data_prep.errors import UserError
@@ -31,7 +32,9 @@ class Asked:
 
 @dataclass(frozen=True)
 class Groups:
-    """`wrong`: harmless and refused. `right`: harmless and answered. `harmful`: harmful and refused."""
+    """`wrong`: harmless and refused. `right`: harmless and answered. `harmful`: harmful and refused, plain or in a
+    wrapper.
+    """
 
     wrong: list[Asked]
     right: list[Asked]
@@ -53,7 +56,8 @@ class Halves:
 
 
 def groups(experiment: Experiment[LomcRecipe]) -> Step[Halves]:
-    """Every kind of training prompt, asked plainly; the halves are drawn anew whenever they are read.
+    """Every kind of training prompt, asked plainly, and each harmful one in a wrapper besides, the wrappers by turns:
+    what withstands one is harmful refusal too. The halves are drawn anew whenever they are read.
 
     Raises:
         UserError: nothing to correct (no harmless prompt, or a single one, is refused), or nothing to keep.
@@ -63,7 +67,12 @@ def groups(experiment: Experiment[LomcRecipe]) -> Step[Halves]:
     of_kind = {
         kind: getattr(corpus, kind).train[: section.max_prompts] for kind in ("borderline", "benign", "harmful")
     }
-    prompts: list[Prompt] = [prompt for kind in of_kind.values() for prompt in kind]
+    wrappers = cycle([*corpus.wrappers_of("seen"), *corpus.wrappers_of("robust")])
+    wrapped = [
+        replace(goal, id=f"{wrapper.id}|{goal.id}", conversation=wrapper.wrap(goal.conversation))
+        for goal, wrapper in zip(of_kind["harmful"], wrappers, strict=False)
+    ]
+    prompts: list[Prompt] = [prompt for kind in (*of_kind.values(), wrapped) for prompt in kind]
 
     def make() -> list[Asked]:
         conversations = [prompt.conversation for prompt in prompts]

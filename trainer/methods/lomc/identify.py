@@ -16,7 +16,7 @@ from torch import Tensor
 from data_prep.errors import UserError
 from trainer.detection import prototypes
 from trainer.detection.counts import Counts, count_sides
-from trainer.detection.prototypes import LayerDirection, best_number, layer_directions
+from trainer.detection.prototypes import GRID, LayerDirection, layer_directions
 from trainer.detection.residual import last_token_states
 from trainer.detection.scores import score
 from trainer.detection.selection import resolve_k
@@ -37,12 +37,12 @@ Directions = dict[int, Tensor]
 
 @dataclass(frozen=True)
 class Located:
-    """`several`: the aggregated direction of each layer; `plain`: the plain difference of means, orthogonalised.
-    `ranked`: (decoder layer, expert), best first. `units`: the support. `writers`: all that the model has.
-    `about`: for the report.
+    """`several`: number of prototypes -> the aggregated direction of each layer; `plain`: the plain difference of
+    means, orthogonalised. `ranked`: (decoder layer, expert), best first. `units`: the support, in layers that have a
+    direction whatever the number. `writers`: all that the model has. `about`: for the report.
     """
 
-    several: Directions
+    several: dict[int, Directions]
     plain: Directions
     ranked: list[tuple[int, int]]
     units: tuple[Unit, ...]
@@ -70,7 +70,7 @@ def identify(experiment: Experiment[LomcRecipe], grouped: Step[Halves]) -> Step[
         counts = _counts(experiment, fitted)
         scores_LE = score(counts, section.score, "token")
         ranked = ranked_experts(scores_LE, counts.experts, counts.layers)
-        units = support(ranked, writers, section.kinds, k, section.layers, several)
+        units = support(ranked, writers, section.kinds, k, section.layers, _directed(several))
         if not units:
             raise UserError(
                 f"detect.kinds: {section.kinds}: the model has no such writers in the layers of the support"
@@ -79,8 +79,8 @@ def identify(experiment: Experiment[LomcRecipe], grouped: Step[Halves]) -> Step[
 
     def write(made: tuple[Located, Counts, NDArray[np.float64]]) -> None:
         located, counts, scores_LE = made
-        held = {f"several.{i}": d for i, d in located.several.items()}
-        save_tensors(tensors, held | {f"plain.{i}": d for i, d in located.plain.items()})
+        named = {str(number): found for number, found in located.several.items()} | {"plain": located.plain}
+        save_tensors(tensors, {f"{name}.{i}": d for name, found in named.items() for i, d in found.items()})
         content = {"units": located.units, "ranked": located.ranked, "about": located.about}
         atomic_write(about, json.dumps(content, indent=1))
         experts = _expert_set(experiment, located.units, counts, scores_LE)
@@ -88,13 +88,15 @@ def identify(experiment: Experiment[LomcRecipe], grouped: Step[Halves]) -> Step[
 
     def read() -> Located:
         content, held = json.loads(about.read_text(encoding="utf-8")), load_file(tensors)
-        found: dict[str, Directions] = {"several": {}, "plain": {}}
-        for name, direction_D in held.items():
-            kind, _, layer = name.partition(".")
-            found[kind][int(layer)] = direction_D
+        found: dict[str, Directions] = {"plain": {}}
+        for at, direction_D in held.items():
+            name, _, layer = at.partition(".")
+            found.setdefault(name, {})[int(layer)] = direction_D
+        plain = found.pop("plain")
         units = tuple(Unit(*unit) for unit in content["units"])
         ranked = [(layer, expert) for layer, expert in content["ranked"]]
-        return Located(found["several"], found["plain"], ranked, units, writers, content["about"])
+        several = {int(number): directions for number, directions in found.items()}
+        return Located(several, plain, ranked, units, writers, content["about"])
 
     reads = ["detect", "correct.held_out"]
     return experiment.step("detect", make, Kept(write, lambda: files, read), reads=reads, after=[grouped])
@@ -104,7 +106,11 @@ def units_of(experiment: Experiment[LomcRecipe], located: Located, kinds: Sequen
     """The support with other kinds of writers, under the same budget."""
     section, backbone = experiment.recipe.detect, experiment.backbone
     k = resolve_k(section.top_k, backbone.total_experts, None, len(backbone))
-    return support(located.ranked, located.writers, kinds, k, section.layers, located.several)
+    return support(located.ranked, located.writers, kinds, k, section.layers, _directed(located.several))
+
+
+def _directed(several: dict[int, Directions]) -> set[int]:
+    return set.intersection(*(set(directions) for directions in several.values()))
 
 
 def everywhere(writers: Sequence[Writer], backbone: Any, directed: Directions) -> tuple[Unit, ...]:
@@ -120,42 +126,48 @@ def everywhere(writers: Sequence[Writer], backbone: Any, directed: Directions) -
 
 def _directions(
     experiment: Experiment[LomcRecipe], fitted: Groups, held: Groups
-) -> tuple[Directions, Directions, dict[str, Any]]:
+) -> tuple[dict[int, Directions], Directions, dict[str, Any]]:
     section, seed = experiment.recipe.detect, experiment.recipe.run.seed
     states, held_states = _states(experiment, fitted), _states(experiment, held)
-    numbers = [1] if section.clustering == "som" else section.prototypes
-    if max(numbers) > len(fitted.wrong):
+    numbers = [GRID**2] if section.clustering == "som" else section.prototypes
+    if section.clustering == "kmeans" and max(numbers) > len(fitted.wrong):
         raise UserError(
             f"detect.prototypes: found {max(numbers)}, but directions are fitted on {len(fitted.wrong)} wrongly "
             "refused prompts; allowed: at most as many"
         )
     tried = {n: layer_directions(states, held_states, n, section.clustering, seed) for n in numbers}
-    number = best_number(tried)
     plain = layer_directions(states, held_states, 1, "kmeans", seed)
-    chosen = tried[number]
-    several = _unit_vectors(chosen)
-    dropped = [i for i, layer in enumerate(chosen) if layer.direction_D is None]
-    if not several:
+    several = {number: found for number, layers in tried.items() if (found := _unit_vectors(layers))}
+    if not several or not _directed(several):
         raise UserError(
             "detect: every direction of wrong refusals is collinear with harmful refusal, so correcting it would cost "
             "harmful refusals; nothing can be corrected on this model"
         )
-    if dropped:
-        say(f"detect: no direction in layers {dropped}: collinear with harmful refusal")
+    for number, layers in tried.items():
+        dropped = [i for i, layer in enumerate(layers) if layer.direction_D is None]
+        say(
+            f"detect: {number} prototypes; held-out AUC by layer "
+            + ", ".join("-" if layer.auc is None else f"{layer.auc:.2f}" for layer in layers)
+            + (f"; no direction in layers {dropped}: collinear with harmful refusal" if dropped else "")
+        )
     say(
-        f"detect: {number if section.clustering == 'kmeans' else 'map of 4 x 4'} prototypes; held-out AUC by layer "
-        + ", ".join("-" if layer.auc is None else f"{layer.auc:.2f}" for layer in chosen)
-        + "; cosine of wrong refusal with harmful refusal "
-        + ", ".join(f"{layer.cosine:.2f}" for layer in chosen)
+        "detect: cosine of wrong refusal with harmful refusal by layer "
+        + ", ".join(f"{layer.cosine:.2f}" for layer in plain)
     )
     facts = {
         "fitted": {"wrong": len(fitted.wrong), "right": len(fitted.right), "harmful": len(fitted.harmful)},
         "held_out": {"wrong": len(held.wrong), "right": len(held.right), "harmful": len(held.harmful)},
         "clustering": section.clustering,
-        "prototypes": number if section.clustering == "kmeans" else None,
         "layers": [
-            {"layer": i, "prototypes": len(d.shares), "dropped": d.dropped, "auc": d.auc, "cosine": d.cosine}
-            for i, d in enumerate(chosen)
+            {
+                "layer": i,
+                "cosine": plain[i].cosine,
+                "prototypes": [
+                    {"number": number, "kept": len(at[i].shares), "dropped": at[i].dropped, "auc": at[i].auc}
+                    for number, at in tried.items()
+                ],
+            }
+            for i in range(len(plain))
         ],
     }
     return several, _unit_vectors(plain), facts

@@ -4,9 +4,9 @@
        activate more than answered ones, under a budget.
     2. Directions: the states of wrongly refused prompts are clustered; each prototype is taken from the answered
        prompts' mean, made orthogonal to harmful refusal, w - (w.r / r.r) r, and all are aggregated to one unit vector
-       d_l per layer.
+       d_l per layer. Their number is chosen with lambda.
     3. Correction, for units u of the support only: W'[l,u] = W[l,u] - lambda d_l d_l^T W[l,u]. lambda is chosen on
-       held-out prompts under bounds on KL and on harmful refusal.
+       held-out prompts under bounds on KL, on harmful refusal and on answers to harmless prompts.
 
 The paper's abstract gives this order and no formula; what is our reading stands in docs/lomc.md. It is used in one
 direction: towards fewer wrong refusals. Where safety falls beyond `correct.max_loss`, nothing is written.
@@ -47,13 +47,14 @@ class Lomc:
         located = identify(experiment, grouped)
         before = measure(experiment, "evaluate-before")
         found = search(experiment, located, grouped)
-        edit, strength = Edit.of(located.value), found.value["strength"]
-        if strength is None:
+        best = found.value["chosen"]
+        if best is None:
             raise SafetyLostError(
                 f"correct.strengths: none of {recipe.correct.strengths} reduces wrong refusals within max_kl "
                 f"{recipe.correct.max_kl:g} and max_loss {recipe.correct.max_loss:g} on held-out prompts "
                 f"({opened.folder / 'strength.json'}); nothing is written"
             )
+        edit, strength = Edit.of(located.value, best["prototypes"]), best["strength"]
         after, reached = _measured(experiment, edit, strength, grouped.value.held, [located, found, before])
         lost = losses(from_rank_0(changes(experiment)), recipe.correct.max_loss)
         kept = all(one.within for one in lost)
@@ -61,9 +62,10 @@ class Lomc:
         if kept:
             audit = _export(experiment, edit, strength, after)
             diagnostics |= {key: audit[key] for key in publish.MOVED}
-        tried = ablation(experiment, located, grouped, [located, found]) if recipe.evaluate.ablation else {}
+        tried = ablation(experiment, located, grouped, found) if recipe.evaluate.ablation else {}
         diagnostics["correction"] = {
             "written": kept,
+            "prototypes": best["prototypes"],
             "strength": strength,
             "kinds": edit.at(strength).kinds,
             "footprint": reached.value["footprint"],

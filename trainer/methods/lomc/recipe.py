@@ -33,7 +33,7 @@ class LomcDetectSection(RepliesSection):
         "kmeans", description="how wrongly refused prompts are grouped; som: a self-organising map of 4 x 4"
     )
     prototypes: list[Count] = Field(
-        [1, 2, 4], min_length=1, description="numbers of k-means clusters that are tried; the best on held-out prompts"
+        [1, 2, 4], min_length=1, description="numbers of k-means clusters that are tried, each at every strength"
     )
 
     @model_validator(mode="after")
@@ -58,7 +58,8 @@ class CorrectSection(Section):
         0.01,
         ge=0,
         le=1,
-        description="most that harmful refusal may fall, or attack success rise, for anything to be written",
+        description="most that harmful refusal or answers to harmless prompts may fall on held-out prompts, and "
+        "harmful refusal fall or attack success rise on the test prompts for anything to be written",
     )
     held_out: float = Field(0.5, gt=0, lt=1, description="share of the prompts that strengths are chosen on")
 

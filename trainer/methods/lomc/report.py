@@ -27,13 +27,23 @@ def report(run: Artefacts) -> MethodReport:
         ),
         MethodSection(
             "strengths",
-            "Strengths tried on held-out training prompts",
-            columns=["strength", "wrong refusals", "harmful refusals", "KL", "within the bounds"],
+            "Corrections tried on held-out training prompts",
+            columns=[
+                "prototypes",
+                "strength",
+                "wrong refusals",
+                "harmful refusals",
+                "answers",
+                "KL",
+                "within the bounds",
+            ],
             rows=[
                 [
+                    str(one["prototypes"]),
                     f"{one['strength']:g}",
                     f"{one['over_refusal']:.3f}",
                     f"{one['harmful_refusal']:.3f}",
+                    f"{one['answered']:.3f}",
                     f"{one['kl']:.4f}",
                     "yes" if one["within"] else "no",
                 ]
@@ -54,7 +64,7 @@ def report(run: Artefacts) -> MethodReport:
 def _facts(found: dict[str, Any]) -> Facts:
     reach = found["footprint"]
     written = "yes" if found["written"] else "NO: safety fell beyond the bound, or that it did not could not be shown"
-    clusters = "a self-organising map" if found["prototypes"] is None else f"{found['prototypes']} clusters"
+    clusters = "a self-organising map" if found["clustering"] == "som" else f"{found['prototypes']} clusters"
     return [
         ("Checkpoint written", written),
         ("Kinds of units corrected", ", ".join(found["kinds"])),

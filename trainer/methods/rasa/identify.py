@@ -9,8 +9,8 @@ from itertools import cycle
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.recombine import recombine
 from data_prep.schema import Wrapper
-from data_prep.wrappers import recombine
 from trainer.detection.counts import Counts, count_activations
 from trainer.detection.critical import scoring, select, topic_control
 from trainer.detection.pairs import PairReport, build_pairs, read_pairs
