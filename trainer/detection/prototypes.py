@@ -2,8 +2,8 @@
 
 Prompts that show a behaviour (wrongly refused ones) may do so for several reasons. Their states are clustered; each
 cluster gives a direction from the prompts that do not show it, made orthogonal to what must stay: the differences of
-as many clusters of refused harmful prompts, whose span holds that of their mean, and the states of as many clusters of
-answered prompts, which taking the direction away would change too. The layer's direction is the mean of the
+clusters of refused harmful prompts, whose span holds that of their mean, and the states of clusters of answered
+prompts, which taking the direction away would change too. The layer's direction is the mean of the
 prototypes', weighted by share x separation and normalised.
 
 Source: the order support, prototypes, layer-wise direction is that of LoMC (arXiv 2606.13709, abstract); clusters,
@@ -26,6 +26,8 @@ Clustering = Literal["kmeans", "som"]
 Array = NDArray[np.float64]
 COLLINEAR = 0.1
 """A direction of which less than this share is left, once it is orthogonal to harmful refusal, is dropped."""
+KEPT = 4
+"""Clusters of refused harmful prompts, and of answered ones, that directions are made orthogonal to."""
 GRID = 4
 """Side of the self-organising map."""
 MAP_UPDATES = 500
@@ -83,10 +85,8 @@ def _layer_direction(
 ) -> LayerDirection:
     wrong_PD, right_QD = fitted.wrong, fitted.right
     middle_D = right_QD.mean(0)
-    # Neurons of a map, more than there are reasons, would span most of what there is.
-    number = GRID if clustering == "som" else clusters
     refusals_KD, answers_KD = (
-        np.stack([centre_D for centre_D, _ in _clustered(of, min(number, len(of)), "kmeans", seed)])
+        np.stack([centre_D for centre_D, _ in _clustered(of, min(KEPT, len(of)), "kmeans", seed)])
         for of in (fitted.harmful, right_QD)
     )
     kept_KD = np.concatenate([refusals_KD - middle_D, answers_KD])
