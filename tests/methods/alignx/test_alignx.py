@@ -206,7 +206,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"axes__0__data__train": 0}, "axes.0.data.train: found 0; allowed: 1 or more"),
     ({"axes__0__data__test": 0}, "axes.0.data.test: found 0; allowed: 1 or more"),
     ({"axes__2__data__path": "nothing.jsonl"}, "no such file: nothing.jsonl"),
-    ({"axes__0__data__answer": "reply"}, "column of"),
+    ({"axes__0__data__answer_column": "reply"}, "column of"),
     ({"axes__0__data__only": {"part": "dev"}}, "holds no usable rows"),
     ({"axes__0__data__only": {"parts": "dev"}}, "column of"),
     ({"axes__0__prefix": " "}, "axes.0.prefix: found ' '"),
