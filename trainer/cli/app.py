@@ -303,11 +303,18 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be uploaded, upload nothing.")] = False,
 ) -> None:
     """Publish a finished run on the Hub, with a model card."""
-    from trainer.methods.table import report_of
+    from data_prep.errors import UserError
+    from trainer.methods.method import MixingMethod
+    from trainer.methods.table import METHODS, method_named, report_of
     from trainer.pipeline.experiment import method_of_run
     from trainer.pipeline.push import push as upload
 
-    report = report_of(method_of_run(run))
+    name = method_of_run(run)
+    if name in METHODS and isinstance(method_named(name), MixingMethod):
+        raise UserError(
+            f"{run}: a run of method {name} has adapters and no model of its own; push takes a model or patch"
+        )
+    report = report_of(name)
     upload(run, repo, patch_only=patch_only, private=private, dry_run=dry_run, report=report)
 
 

@@ -77,7 +77,12 @@ def recipe_schema() -> dict[str, Any]:
 
 def method_of(recipe: Recipe) -> Method:
     """The method that a recipe follows."""
-    return cast(Method, import_module(f"{METHODS[recipe.method]}.method").METHOD)
+    return method_named(recipe.method)
+
+
+def method_named(name: str) -> Method:
+    """The method of a name in `METHODS`."""
+    return cast(Method, import_module(f"{METHODS[name]}.method").METHOD)
 
 
 def report_of(name: str) -> Report | None:

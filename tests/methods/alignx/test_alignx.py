@@ -265,6 +265,7 @@ def test_what_is_no_mixture_and_what_is_no_prompt_are_refused(
     )
     assert "--merge: found 'ties'; allowed: static" in refused("export", finished, "--merge", "ties")
     assert "no such file" in refused("generate", tmp_path / "nothing", "--prompts", empty)
+    assert "has adapters and no model of its own" in refused("push", finished, "--repo", "a/b", "--dry-run")
 
 
 def test_a_head_of_other_adapters_is_refused(finished: Path, refused: Callable[..., str], tmp_path: Path) -> None:
