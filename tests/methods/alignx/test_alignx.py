@@ -257,7 +257,7 @@ def test_what_is_no_mixture_and_what_is_no_prompt_are_refused(
     finished: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("\n \n"))
-    assert "generate: no prompt given" in refused("generate", finished)
+    assert "no prompt given" in refused("generate", finished)
     empty = tmp_path / "prompts.txt"
     empty.write_text("Hello.\n")
     assert "--mode: found 'sum'; allowed: weights, top1, hidden" in refused(
