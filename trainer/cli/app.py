@@ -254,9 +254,7 @@ def generate(
         raise UserError(
             f"{run}: a run of method {loaded.method} has no mixture; `routealign steer` or its model/ answer"
         )
-    asked = read_prompts(prompts) if prompts else [line.strip() for line in sys.stdin if line.strip()]
-    if not asked:
-        raise UserError("generate: no prompt given; expected one a line on standard input, or --prompts FILE")
+    asked = read_prompts(prompts)
     with contextlib.redirect_stdout(sys.stderr):
         answers = method.generate(run, asked, mode, max_new_tokens, batch_size)
     for index, found in enumerate(answers):
@@ -303,11 +301,13 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be uploaded, upload nothing.")] = False,
 ) -> None:
     """Publish a finished run on the Hub, with a model card."""
-    from trainer.methods.table import report_of
+    from trainer.methods.table import refuse_adapters, report_of
     from trainer.pipeline.experiment import method_of_run
     from trainer.pipeline.push import push as upload
 
-    report = report_of(method_of_run(run))
+    name = method_of_run(run)
+    refuse_adapters(name, run)
+    report = report_of(name)
     upload(run, repo, patch_only=patch_only, private=private, dry_run=dry_run, report=report)
 
 

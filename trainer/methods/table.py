@@ -15,7 +15,7 @@ from typing import Annotated, Any, Union, cast
 from pydantic import Field, TypeAdapter
 
 from data_prep.errors import UserError
-from trainer.methods.method import Method, Report
+from trainer.methods.method import Method, MixingMethod, Report
 from trainer.recipe.errors import closest, shown
 from trainer.recipe.schema import Recipe
 from trainer.recipe.yaml import apply_overrides, read_yaml
@@ -77,7 +77,19 @@ def recipe_schema() -> dict[str, Any]:
 
 def method_of(recipe: Recipe) -> Method:
     """The method that a recipe follows."""
-    return cast(Method, import_module(f"{METHODS[recipe.method]}.method").METHOD)
+    return _method_named(recipe.method)
+
+
+def _method_named(name: str) -> Method:
+    return cast(Method, import_module(f"{METHODS[name]}.method").METHOD)
+
+
+def refuse_adapters(name: str, run: Path) -> None:
+    """`UserError` for a run whose result is no checkpoint and no patch, which are what is pushed."""
+    if name in METHODS and isinstance(_method_named(name), MixingMethod):
+        raise UserError(
+            f"{run}: a run of method {name} has adapters and no model of its own; push takes a model or patch"
+        )
 
 
 def report_of(name: str) -> Report | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -54,12 +55,20 @@ def steered_replies(
     return [found.text for found in replies]
 
 
-def read_prompts(path: Path) -> list[str]:
+def read_prompts(path: Path | None) -> list[str]:
     """The prompts of a file: a text file's lines, or a table's prompt column (csv, json, jsonl, parquet).
+
+    Args:
+        path: None: the lines of standard input.
 
     Raises:
         UserError: no prompt in it, or a file that cannot be read.
     """
+    if path is None:
+        lines = [line.strip() for line in sys.stdin if line.strip()]
+        if not lines:
+            raise UserError("no prompt given; expected one a line on standard input, or --prompts FILE")
+        return lines
     if path.suffix != ".txt":
         return [row.text for row in load("records", Source(str(path), "benign"))]
     try:

@@ -206,7 +206,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"axes__0__data__train": 0}, "axes.0.data.train: found 0; allowed: 1 or more"),
     ({"axes__0__data__test": 0}, "axes.0.data.test: found 0; allowed: 1 or more"),
     ({"axes__2__data__path": "nothing.jsonl"}, "no such file: nothing.jsonl"),
-    ({"axes__0__data__answer": "reply"}, "column of"),
+    ({"axes__0__data__answer_column": "reply"}, "column of"),
     ({"axes__0__data__only": {"part": "dev"}}, "holds no usable rows"),
     ({"axes__0__data__only": {"parts": "dev"}}, "column of"),
     ({"axes__0__prefix": " "}, "axes.0.prefix: found ' '"),
@@ -257,7 +257,7 @@ def test_what_is_no_mixture_and_what_is_no_prompt_are_refused(
     finished: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("\n \n"))
-    assert "generate: no prompt given" in refused("generate", finished)
+    assert "no prompt given" in refused("generate", finished)
     empty = tmp_path / "prompts.txt"
     empty.write_text("Hello.\n")
     assert "--mode: found 'sum'; allowed: weights, top1, hidden" in refused(
@@ -265,6 +265,7 @@ def test_what_is_no_mixture_and_what_is_no_prompt_are_refused(
     )
     assert "--merge: found 'ties'; allowed: static" in refused("export", finished, "--merge", "ties")
     assert "no such file" in refused("generate", tmp_path / "nothing", "--prompts", empty)
+    assert "has adapters and no model of its own" in refused("push", finished, "--repo", "a/b", "--dry-run")
 
 
 def test_a_head_of_other_adapters_is_refused(finished: Path, refused: Callable[..., str], tmp_path: Path) -> None:
