@@ -26,7 +26,7 @@ Clustering = Literal["kmeans", "som"]
 Array = NDArray[np.float64]
 COLLINEAR = 0.1
 """A direction of which less than this share is left, once it is orthogonal to harmful refusal, is dropped."""
-KEPT = 4
+KEPT = 8
 """Clusters of refused harmful prompts, and of answered ones, that directions are made orthogonal to."""
 GRID = 4
 """Side of the self-organising map."""
