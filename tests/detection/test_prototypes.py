@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from trainer.detection.prototypes import Groups, layer_directions, orthogonal
 
-D = 64
+D = 512
 E = np.eye(D)
 COMMON = 5 * E[-1]
 """What every state has."""
@@ -15,7 +15,7 @@ COMMON = 5 * E[-1]
 
 def states(rng: np.random.Generator, number: int, *means: np.ndarray) -> np.ndarray:
     """[P, 1, D] around the means in turn, and what every state has."""
-    return np.stack([[COMMON + means[i % len(means)] + 0.05 * rng.standard_normal(D)] for i in range(number)])
+    return np.stack([[COMMON + means[i % len(means)] + 0.2 * rng.standard_normal(D) / np.sqrt(D)] for i in range(number)])
 
 
 def groups(*wrong: np.ndarray, harmful: np.ndarray = 2 * E[0], seed: int = 0) -> Groups:
@@ -29,7 +29,7 @@ def test_two_reasons_are_two_prototypes_and_both_are_in_the_direction() -> None:
     assert layer.direction_D is not None and len(layer.shares) == 2 and layer.dropped == 0
     assert layer.shares == pytest.approx((0.5, 0.5))
     assert np.linalg.norm(layer.direction_D) == pytest.approx(1)
-    assert layer.direction_D[1] > 0.6 and layer.direction_D[2] > 0.6
+    assert min(layer.direction_D[1], layer.direction_D[2]) > 0.5
     assert abs(layer.direction_D[0]) < 0.05, "harmful refusal is left alone"
     assert layer.auc == 1.0 and layer.cosine == pytest.approx(2 / np.sqrt(4 + 0.5), abs=0.02)
 
