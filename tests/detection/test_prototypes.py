@@ -15,7 +15,8 @@ COMMON = 5 * E[-1]
 
 def states(rng: np.random.Generator, number: int, *means: np.ndarray) -> np.ndarray:
     """[P, 1, D] around the means in turn, and what every state has."""
-    return np.stack([[COMMON + means[i % len(means)] + 0.2 * rng.standard_normal(D) / np.sqrt(D)] for i in range(number)])
+    width = 0.2 / np.sqrt(D)
+    return np.stack([[COMMON + means[i % len(means)] + width * rng.standard_normal(D)] for i in range(number)])
 
 
 def groups(*wrong: np.ndarray, harmful: np.ndarray = 2 * E[0], seed: int = 0) -> Groups:
