@@ -26,8 +26,6 @@ Clustering = Literal["kmeans", "som"]
 Array = NDArray[np.float64]
 COLLINEAR = 0.1
 """A direction of which less than this share is left, once it is orthogonal to harmful refusal, is dropped."""
-KEPT = 8
-"""Clusters of refused harmful prompts, and of answered ones, that directions are made orthogonal to."""
 GRID = 4
 """Side of the self-organising map."""
 MAP_UPDATES = 500
@@ -62,15 +60,15 @@ class LayerDirection:
 
 
 def layer_directions(
-    fitted: Groups, held_out: Groups, clusters: int, clustering: Clustering, seed: int
+    fitted: Groups, held_out: Groups, clusters: int, clustering: Clustering, protected: int, seed: int
 ) -> list[LayerDirection]:
-    """One for every layer.
+    """One for every layer. `protected`: clusters of refused harmful prompts, and of answered ones, to spare.
 
     Raises:
         ValueError: fewer wrongly refused prompts than clusters.
     """
     return [
-        _layer_direction(_at(fitted, layer), _at(held_out, layer), clusters, clustering, seed)
+        _layer_direction(_at(fitted, layer), _at(held_out, layer), clusters, clustering, protected, seed)
         for layer in range(fitted.wrong.shape[1])
     ]
 
@@ -81,12 +79,12 @@ def _at(groups: Groups, layer: int) -> Groups:
 
 
 def _layer_direction(
-    fitted: Groups, held_out: Groups, clusters: int, clustering: Clustering, seed: int
+    fitted: Groups, held_out: Groups, clusters: int, clustering: Clustering, protected: int, seed: int
 ) -> LayerDirection:
     wrong_PD, right_QD = fitted.wrong, fitted.right
     middle_D = right_QD.mean(0)
     refusals_KD, answers_KD = (
-        np.stack([centre_D for centre_D, _ in _clustered(of, min(KEPT, len(of)), "kmeans", seed)])
+        np.stack([centre_D for centre_D, _ in _clustered(of, min(protected, len(of)), "kmeans", seed)])
         for of in (fitted.harmful, right_QD)
     )
     kept_KD = np.concatenate([refusals_KD - middle_D, answers_KD])

@@ -135,8 +135,8 @@ def _directions(
             f"detect.prototypes: found {max(numbers)}, but directions are fitted on {len(fitted.wrong)} wrongly "
             "refused prompts; allowed: at most as many"
         )
-    tried = {n: layer_directions(states, held_states, n, section.clustering, seed) for n in numbers}
-    plain = layer_directions(states, held_states, 1, "kmeans", seed)
+    tried = {n: layer_directions(states, held_states, n, section.clustering, section.protected, seed) for n in numbers}
+    plain = layer_directions(states, held_states, 1, "kmeans", section.protected, seed)
     several = {number: found for number, layers in tried.items() if (found := _unit_vectors(layers))}
     if not several or not _directed(several):
         raise UserError(

@@ -36,6 +36,10 @@ class LomcDetectSection(RepliesSection):
         [1, 2, 4], min_length=1, description="numbers of k-means clusters that are tried, each at every strength"
     )
 
+    protected: Count = Field(
+        8, description="clusters of refused harmful prompts, and of answered ones, that directions are orthogonal to"
+    )
+
     @model_validator(mode="after")
     def _each_once(self) -> LomcDetectSection:
         if len(set(self.kinds)) < len(self.kinds):
