@@ -94,7 +94,8 @@ USER = [{"role": "user", "content": "w1"}]
 def test_a_faulty_pair_is_named_by_its_id_and_never_quoted(row: object, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message) as refused:
         contrasts.custom(CHAT, lines(tmp_path / "c.jsonl", row))
-    assert "\n" not in str(refused.value) and "w1" not in str(refused.value)
+    said = str(refused.value).replace(str(tmp_path), "")
+    assert "\n" not in said and "w1" not in said
 
 
 def test_an_empty_or_broken_file_is_refused(tmp_path: Path) -> None:
