@@ -55,6 +55,27 @@ def tiny_model(family: str = "olmoe", *, seed: int = 0, dtype: torch.dtype = tor
     return model.to(dtype).eval()
 
 
+def narrow_olmoe(
+    layers: int, hidden: int, experts: int, top_k: int, *, eos_token_id: int | None = None
+) -> OlmoeForCausalLM:
+    """A random model in the shape of OLMoE-1B-7B (16 layers of 64 experts, top-8), of any size; to be timed."""
+    torch.manual_seed(0)
+    config = OlmoeConfig(
+        vocab_size=512,
+        hidden_size=hidden,
+        intermediate_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        pad_token_id=0,
+        eos_token_id=eos_token_id,
+        bos_token_id=None,
+    )
+    return OlmoeForCausalLM(config).eval()
+
+
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A word-level tokenizer of 64 words with `<user>` / `<assistant>` turns."""
     vocabulary = {w: i for i, w in enumerate(["<pad>", "<eos>", "<user>", "<assistant>", "<unk>", *WORDS])}

@@ -11,8 +11,8 @@ import sys
 import time
 
 import torch
-from transformers import OlmoeConfig, OlmoeForCausalLM
 
+from tests.tiny import narrow_olmoe
 from trainer.moe.backbone import Backbone
 from trainer.moe.steering import Steering, steer
 
@@ -24,21 +24,7 @@ def overhead(layers: int, hidden: int, experts: int, top_k: int, batch: int, ste
 
     In processor time, because other processes may run.
     """
-    torch.manual_seed(0)
-    config = OlmoeConfig(
-        vocab_size=512,
-        hidden_size=hidden,
-        intermediate_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        num_experts=experts,
-        num_experts_per_tok=top_k,
-        pad_token_id=0,
-        eos_token_id=None,
-        bos_token_id=None,
-    )
-    model = OlmoeForCausalLM(config).eval()
+    model = narrow_olmoe(layers, hidden, experts, top_k)
     backbone = Backbone.of(model).check()
     steering = Steering({i * layers // steered: (0,) for i in range(steered)})
     ids = torch.randint(1, 512, (batch, 16))

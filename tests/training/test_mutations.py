@@ -19,7 +19,7 @@ from trainer.model.reply import Reply
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet, Member
 from trainer.moe.experts import CriticalExperts, SplitModel
-from trainer.training import consistency, repair
+from trainer.training import consistency, repair, responses
 from trainer.training.consistency import RoutingConsistencyTrainer
 from trainer.training.repair import TrainingRow
 
@@ -47,14 +47,14 @@ def unmasked(batch: Any) -> Any:
     return type(batch)(batch.input_ids_BS, batch.attention_mask_BS, batch.prompt_BS, response_BS)
 
 
-@pytest.mark.parametrize("stage", [repair, consistency])
+@pytest.mark.parametrize("stage", [responses, consistency])
 def test_padding_that_counts(stage: Any, tmp_path: Path, monkeypatch: Patch) -> None:
     pad = stage.pad
     monkeypatch.setattr(stage, "pad", lambda turns, padding: unmasked(pad(turns, padding)))
     monkeypatch.setattr(test_consistency, "ROWS", RAGGED)
     rows = [test_repair.row("w1 " * (1 + i % 3), "w50 " * (1 + i % 5)) for i in range(8)]
     with pytest.raises(RuntimeError, match="the loss of the first batch is"):
-        repaired(tmp_path, rows=rows) if stage is repair else made_consistent(tmp_path)
+        repaired(tmp_path, rows=rows) if stage is responses else made_consistent(tmp_path)
 
 
 def test_padding_that_counts_in_the_benign_stream(tmp_path: Path, monkeypatch: Patch) -> None:
@@ -86,9 +86,9 @@ RAGGED = [
 
 
 def test_prompt_tokens_that_are_trained(tmp_path: Path, monkeypatch: Patch) -> None:
-    pad = repair.pad
+    pad = responses.pad
     monkeypatch.setattr(
-        repair, "pad", lambda turns, padding: pad([ChatTurn(t.ids, max(t.prompt - 1, 1)) for t in turns], padding)
+        responses, "pad", lambda turns, padding: pad([ChatTurn(t.ids, max(t.prompt - 1, 1)) for t in turns], padding)
     )
     with pytest.raises(RuntimeError, match="repair: the loss of the first batch is"):
         repaired(tmp_path)

@@ -70,6 +70,7 @@ def _render(run: Artefacts, method: MethodReport) -> str:
         costs=sections.costs(run),
         audit=sections.audit(run),
         robustness=sections.robustness(run),
+        robustness_figures=list(curves.FIGURES.values()),
         recipe=run.recipe_text,
         versions=run.manifest.get("versions") or {},
         missing=sorted(run.missing),

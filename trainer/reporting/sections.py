@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.reporting import curves
 from trainer.reporting.artefacts import Artefacts
 from trainer.reporting.figures import Figure, Lengths
 from trainer.reporting.method_report import Facts
@@ -22,7 +23,6 @@ _TREND_WORDS = {
     "unclear": "may be chance",
     "unknown": "",
 }
-EDITED = ("harmful_refusal", "benign_compliance")
 
 
 @dataclass(frozen=True)
@@ -223,14 +223,14 @@ def audit(run: Artefacts) -> Facts:
 
 
 def robustness(run: Artefacts) -> list[list[str]]:
-    """Rows of what `routealign audit` measured: model, edited, experts, parameters, and the two rates."""
+    """Rows of what `routealign audit` measured: model, edited, experts, parameters, rates of `curves.FIGURES`."""
     return [
         [
             row["model"],
             " + ".join(row["kinds"]) or "nothing",
             f"{row['experts']:,} in {row['layers']} layers" if row["experts"] else "",
             percent(row["parameters"]),
-            *(f"{cell.rate} {cell.interval}" for key in EDITED if (cell := _cell(row[key])) is not None),
+            *(f"{cell.rate} {cell.interval}" for key in curves.FIGURES if (cell := _cell(row[key])) is not None),
         ]
         for row in run.robustness
     ]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from trl import SFTConfig, SFTTrainer
 
 from data_prep.schema import Conversation
-from trainer.model.chat import Chat, ChatTurn, pad
+from trainer.model.chat import Chat
 from trainer.model.reply import Reply
 from trainer.moe.modes import draw_nothing, evaluating
 from trainer.moe.routing import Trace, flip_rate, pin, record
@@ -32,6 +32,7 @@ from trainer.recipe.sections import RepairSection
 from trainer.training.first_step import check_is_original, check_loss, check_nothing_is_drawn, repair_row
 from trainer.training.fitting import CUT_TARGET, NO_ROOM, LeftOut, RowTable, turn_of
 from trainer.training.loop import StageResult, arguments, configs_kept, stop_unless_finite, train
+from trainer.training.responses import mean_by_row, response_batch, response_logits
 from trainer.training.resume import ResumableTrainer
 
 Stream = Literal["repair", "retain"]
@@ -135,15 +136,7 @@ class ExpertRepairTrainer(ResumableTrainer, SFTTrainer):
         padding = chat.padding
 
         def collate(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-            batch = pad([ChatTurn(e["input_ids"], e["prompt_length"]) for e in examples], padding)
-            retain_B = torch.tensor([e["retain"] for e in examples])
-            return {
-                "input_ids": batch.input_ids_BS,
-                "attention_mask": batch.attention_mask_BS,
-                "response": batch.response_BS,
-                "retain": retain_B,
-                "row": torch.tensor([e["row"] for e in examples]),
-            }
+            return response_batch(examples, padding) | {"retain": torch.tensor([e["retain"] for e in examples])}
 
         super().__init__(
             model=trained.model,
@@ -185,7 +178,7 @@ class ExpertRepairTrainer(ResumableTrainer, SFTTrainer):
         assert not return_outputs, "the stage has no evaluation loop"
         draw_nothing(self.trained.model)
         with record(self.trained.backbone) as routing:
-            logits_BRV, targets_BR, mask_BR = self._response_logits(model, inputs)
+            logits_BRV, targets_BR, mask_BR = response_logits(model, inputs)
         if self.state.global_step % max(int(self.args.logging_steps), 1) == 0:
             original = self._replayed or self._reference(model, inputs, torch.ones_like(inputs["retain"]))
             self._log_flips(routing, original.routing, inputs["attention_mask"])
@@ -253,21 +246,11 @@ class ExpertRepairTrainer(ResumableTrainer, SFTTrainer):
         elif use_kl and self._replayed is None and is_sharded(self.trained.model):
             # Other processes have rows to retain, and a sharded original needs this one to run.
             self._reference(model, inputs, torch.ones_like(retain_B), 1)
-        loss_B = (loss_BR * mask_BR).sum(1) / mask_BR.sum(1).clamp(min=1)
+        loss_B = mean_by_row(loss_BR, mask_BR)
         first_B1 = mask_BR.int().argmax(1, keepdim=True)
         decision_B = loss_BR.gather(1, first_B1)[:, 0] * mask_BR.any(1)
         weight_B = torch.where(retain_B, self.section.retain_weight, 1.0)
         return loss_B.detach(), (weight_B * (loss_B + self.section.first_token_weight * decision_B)).mean()
-
-    def _response_logits(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits that predict the positions from the batch's first response token on, those tokens, and the span."""
-        ids_BS, response_BS = inputs["input_ids"], inputs["response"]
-        first = max(int(response_BS.int().argmax(1).min()), 1)
-        kept = ids_BS.shape[1] - first + 1
-        logits = model(
-            input_ids=ids_BS, attention_mask=inputs["attention_mask"], use_cache=False, logits_to_keep=kept
-        ).logits
-        return logits[:, :-1], ids_BS[:, first:], response_BS[:, first:]
 
     def _kl(self, model: nn.Module, inputs: dict[str, Any], logits_BRV: Tensor) -> Tensor:
         """KL(original || current) per position of the retain rows, [B_retain, R], in fp32."""

@@ -8,28 +8,14 @@ A random model in the shape of OLMoE-1B-7B (16 layers of 64 experts, top-8), nar
 import sys
 
 import torch
-from transformers import OlmoeConfig, OlmoeForCausalLM
 
+from tests.tiny import narrow_olmoe
 from trainer.methods.alignx.cost import Prompts, measure_cost, mlp_mixture
 from trainer.runtime.console import table
 
 
 def rows(layers: int, hidden: int, experts: int, top_k: int, batch: int) -> list[list[str]]:
-    torch.manual_seed(0)
-    config = OlmoeConfig(
-        vocab_size=512,
-        hidden_size=hidden,
-        intermediate_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        num_experts=experts,
-        num_experts_per_tok=top_k,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
-    model = OlmoeForCausalLM(config).eval()
+    model = narrow_olmoe(layers, hidden, experts, top_k, eos_token_id=1)
     ids = torch.randint(2, 512, (batch, 16))
     ways = {"base": lambda: model, "three MLPs": lambda: mlp_mixture(model)}
     found = measure_cost(ways, Prompts(ids, torch.ones_like(ids), 16), 5)

@@ -89,11 +89,10 @@ class Endpoint:
                 for key, task in progress(tasks, "judge") if tasks else ():
                     found[key] = task.result()
                     self._cache.keep(key, found[key])
-            except BaseException:
-                # A wrong address, or Ctrl-C: what was not sent yet is not sent.
-                self._stopped.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            finally:
+                if len(found) < len(new):  # a wrong address, or Ctrl-C: what was not sent yet is not sent
+                    self._stopped.set()
+                    pool.shutdown(wait=False, cancel_futures=True)
         if self._failed:
             why = ", ".join(f"{n} {reason}" for reason, n in self._failed.most_common())
             say(f"caution: judge: {self._failed.total()} of {len(new)} replies go unjudged: {why}")

@@ -23,12 +23,13 @@ from trl import SFTConfig
 from data_prep.schema import Conversation
 from trainer.methods.alignx.adapters import Adapter
 from trainer.methods.alignx.recipe import AdaptersSection
-from trainer.model.chat import Chat, ChatTurn, pad
+from trainer.model.chat import Chat
 from trainer.model.reply import Reply
 from trainer.moe.modes import draw_nothing, evaluating
 from trainer.training.first_step import check_loss, repair_row
 from trainer.training.fitting import NO_ROOM, RowTable, turn_of
 from trainer.training.loop import StageResult, arguments, configs_kept, stop_unless_finite, train
+from trainer.training.responses import mean_by_row, response_batch, response_logits
 from trainer.training.resume import ResumableTrainer
 
 SECTION = "adapters"
@@ -103,13 +104,7 @@ class AdapterTrainer(ResumableTrainer):
         padding = chat.padding
 
         def collate(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-            batch = pad([ChatTurn(e["input_ids"], e["prompt_length"]) for e in examples], padding)
-            return {
-                "input_ids": batch.input_ids_BS,
-                "attention_mask": batch.attention_mask_BS,
-                "response": batch.response_BS,
-                "row": torch.tensor([e["row"] for e in examples]),
-            }
+            return response_batch(examples, padding)
 
         super().__init__(
             model=adapter.model,
@@ -155,12 +150,6 @@ class AdapterTrainer(ResumableTrainer):
 
 def _loss(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """Mean over rows of the mean cross-entropy of their response tokens."""
-    ids_BS, response_BS = inputs["input_ids"], inputs["response"]
-    first = max(int(response_BS.int().argmax(1).min()), 1)
-    kept = ids_BS.shape[1] - first + 1
-    logits_BRV = model(
-        input_ids=ids_BS, attention_mask=inputs["attention_mask"], use_cache=False, logits_to_keep=kept
-    ).logits[:, :-1]
-    mask_BR = response_BS[:, first:]
-    loss_BR = F.cross_entropy(logits_BRV.transpose(1, 2).float(), ids_BS[:, first:], reduction="none")
-    return ((loss_BR * mask_BR).sum(1) / mask_BR.sum(1).clamp(min=1)).mean()
+    logits_BRV, targets_BR, mask_BR = response_logits(model, inputs)
+    loss_BR = F.cross_entropy(logits_BRV.transpose(1, 2).float(), targets_BR, reduction="none")
+    return mean_by_row(loss_BR, mask_BR).mean()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -77,9 +77,11 @@ def chosen(
     whose wrong refusals cannot be told from the fewest (paired sign test, p > .05). None where nothing helps. And all
     that was tried, nothing first.
     """
-    nothing, *tried = [
+    nothing = _tried(experiment, next(iter(edits.values())), held, 0, 0.0)
+    tried = [
         _tried(experiment, edit, held, prototypes, strength)
-        for prototypes, edit, strength in _in_turn(edits, experiment.recipe.correct.strengths)
+        for prototypes, edit in edits.items()
+        for strength in experiment.recipe.correct.strengths
     ]
     helps = [one for one in tried if one.within and one.over_refusal < nothing.over_refusal]
     every = [nothing, *tried]
@@ -88,13 +90,6 @@ def chosen(
     fewest = min(helps, key=lambda one: (one.over_refusal, one.kl))
     equal = [one for one in helps if sign_test(fewest.refuses, one.refuses) > TOLD_APART]
     return min(equal, key=lambda one: one.kl), every
-
-
-def _in_turn(edits: Mapping[int, Edit], strengths: Sequence[float]) -> Iterator[tuple[int, Edit, float]]:
-    yield 0, next(iter(edits.values())), 0.0
-    for prototypes, edit in edits.items():
-        for strength in strengths:
-            yield prototypes, edit, strength
 
 
 def search(experiment: Experiment[LomcRecipe], located: Step[Located], grouped: Step[Halves]) -> Step[dict[str, Any]]:
