@@ -6,16 +6,24 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from contextlib import ExitStack
 from pathlib import Path
+
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 
 
 def start(
-    engine: str, folder: Path, module: str, *arguments: str | Path, processes: int = 2, timeout: float = 300
+    engine: str, folder: Path, module: str, *arguments: str | Path, processes: int = 2, timeout: float = 600
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python -m module arguments` in `processes` processes (one for "single"); output is captured."""
+    """Run `python -m module arguments` in `processes` processes (one for "single"); output is captured.
+
+    Several processes have the machine's other tests beside them, but never several processes of another test: ranks
+    that wait for each other on fewer cores than there are ranks take many times as long.
+    """
     command = [sys.executable]
     if engine != "single":
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -26,7 +34,19 @@ def start(
         "PYTHONPATH": str(ROOT),
         **words_of_the_launcher(engine, folder),
     }
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    with ExitStack() as stack:
+        if engine != "single":
+            stack.enter_context(FileLock(Path(tempfile.gettempdir()) / "routealign-tests-of-several-processes.lock"))
+        with subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as started:
+            try:
+                out, err = started.communicate(timeout=timeout)
+            except subprocess.TimeoutExpired:
+                # The launcher ends its ranks at SIGTERM; killed, it would leave them running beside every later test.
+                started.terminate()
+                raise
+    return subprocess.CompletedProcess(command, started.returncode, out, err)
 
 
 def words_of_the_launcher(engine: str, folder: Path) -> dict[str, str]:

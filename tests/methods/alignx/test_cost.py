@@ -92,10 +92,11 @@ MIB = 2**20
 
 def test_peak_memory_is_what_a_way_holds_and_what_its_generation_adds() -> None:
     ids = token_ids()
+    # Blocks of more than 32 MiB are mapped and unmapped one by one; smaller ones may reuse what others left.
     ways: dict[str, Callable[[], nn.Module]] = {
-        "base": lambda: Grows(20 * MIB, 20 * MIB),
-        "small": lambda: Grows(20 * MIB, 4 * MIB),
-        "large": lambda: Grows(100 * MIB, 60 * MIB),
+        "base": lambda: Grows(80 * MIB, 80 * MIB),
+        "small": lambda: Grows(80 * MIB, 40 * MIB),
+        "large": lambda: Grows(400 * MIB, 240 * MIB),
     }
     found = measure_cost(ways, Prompts(ids, torch.ones_like(ids), 3), 2)
     assert list(found) == ["base", "small", "large"]
@@ -103,7 +104,7 @@ def test_peak_memory_is_what_a_way_holds_and_what_its_generation_adds() -> None:
     if found["base"]["peak_bytes"] is None:
         pytest.skip("resident memory is read on Linux alone")
     assert found["large"]["peak"] == pytest.approx(4, abs=0.3)
-    assert found["small"]["peak"] == pytest.approx(0.6, abs=0.1)
+    assert found["small"]["peak"] == pytest.approx(0.75, abs=0.1)
 
 
 def test_a_mixture_of_mlps_costs_more_time_and_memory_than_its_base() -> None:
