@@ -33,7 +33,7 @@ RASA = {
     *("router_restore_gap", "topk_flip_rate", "drift_per_layer", "layer", "flip_rate", "kl"),
     *("experts_changed", "experts_total", "shared_experts_changed", "gate_weights_changed", "untouched_identical"),
     *("stages", "stage", "kind", "routing_gap", "refusal_loss", "works_on", "acted", "before", "after"),
-    *("random_control", "steering_baseline"),
+    *("random_control", "attention_control", "steering_baseline"),
 }
 STEERMOE = {
     *("topk_flip_rate", "random_control", "random_draws", "bottom_control"),
@@ -125,7 +125,7 @@ def test_every_key_of_a_run_is_defined(method: str, small: Small, organism: Orga
     recipe = small()
     tree = yaml.safe_load(recipe.read_text())
     if method == "rasa":
-        tree["evaluate"] = {"random_control": True, "steering_baseline": True}
+        tree["evaluate"] = {"random_control": True, "attention_control": True, "steering_baseline": True}
         tree["steer"] = {"n_pos": 2}
     elif method == "lomc":
         tree = {"method": method} | {name: tree[name] for name in ("run", "model", "data")}

@@ -28,14 +28,14 @@ from trainer.evaluation.generation import reply
 from trainer.model.reply import Reply
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet, Member
-from trainer.moe.experts import SplitModel
 from trainer.moe.sharding import is_partitioned, size
 from trainer.moe.trainable import TrainableModel, WholeModel
-from trainer.recipe.sections import ConsistencySection, ModelSection, RepairSection
+from trainer.recipe.sections import AttentionSection, ConsistencySection, ModelSection, RepairSection
 from trainer.runtime.processes import from_rank_0, leave, rank, world_size
 from trainer.training import loop as watch
 from trainer.training.consistency import ConsistencyRow, make_routing_consistent
 from trainer.training.repair import TrainingRow, repair_experts
+from trainer.training.under_repair import trained_attention, under_repair
 
 STEPS, ROWS_A_STEP = 4, 4
 CHOSEN = ((0, 1), (0, 5), (1, 2), (2, 0), (2, 7))
@@ -73,7 +73,7 @@ PAIRS = [
 def trained(
     lora_rank: int | None = None, dtype: torch.dtype = torch.float32, full: bool = False, shared: bool = False
 ) -> TrainableModel:
-    """A split model; with `shared`, one of a family with shared experts, which train too."""
+    """A split model; with `shared`, one of a family with shared experts, which train too, and attention with them."""
     family = next(family for family in FAMILIES if family.model_type == "qwen2_moe")
     backbone = Backbone.of(family.build().to(dtype) if shared else tiny_model(dtype=dtype)).check()
     model: TrainableModel
@@ -86,13 +86,14 @@ def trained(
         experts = ExpertSet(members, {layer.index: layer.num_experts for layer in backbone})
         if shared:
             experts = experts.with_shared(backbone.shared_layers)
-        model = SplitModel(backbone, experts, lora_rank=lora_rank)
+        section = RepairSection(lora_rank=lora_rank, attention=AttentionSection() if shared else None)
+        model = under_repair(backbone, experts, section)
     engine().shard(model.backbone)
     return model
 
 
 def loaded(folder: Path) -> TrainableModel:
-    """A split model read from disk as a run reads it; embeddings and head are tied, and shared experts train."""
+    """A split model read from disk as a run reads it: head tied, shared experts and some of attention train too."""
     checkpoint = folder / "checkpoint"
     if rank() == 0:
         model = next(family for family in FAMILIES if family.model_type == "qwen2_moe").build()
@@ -107,7 +108,10 @@ def loaded(folder: Path) -> TrainableModel:
     members = tuple(Member(*pair) for pair in CHOSEN)
     set_seed(0)
     experts = ExpertSet(members, {layer.index: layer.num_experts for layer in backbone})
-    model = SplitModel(backbone, experts.with_shared(backbone.shared_layers), lora_rank=4)
+    section = RepairSection(lora_rank=4, attention=AttentionSection(layers=[0, 2], projections=["q_proj", "o_proj"]))
+    attention = trained_attention(backbone, section).values()
+    engine().make_real(parameter for module in attention for parameter in module.parameters())
+    model = under_repair(backbone, experts.with_shared(backbone.shared_layers), section)
     engine().shard(model.backbone)
     return model
 

@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from data_prep.errors import UserError
@@ -52,6 +54,11 @@ class Engine:
             model, tokenizer = load(section, PartialState().device)
             return Backbone.of(model, takes_dense=takes_dense).check(), tokenizer
         return _read_on_rank_0(section, takes_dense)
+
+    def make_real(self, parameters: Iterable[Tensor]) -> None:
+        """Fill parameters of a loaded model on every process, where only rank 0 read them. Collective."""
+        if self.capabilities.splits_parameters:
+            spread((parameter.data for parameter in parameters), PartialState().device)
 
     def shard(self, backbone: Backbone) -> None:
         """Split rank 0's model over the processes, where the engine does that."""

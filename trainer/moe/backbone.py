@@ -41,8 +41,7 @@ LOW_TOKENS = 1000
 class MoELayer:
     """One MoE layer. `index` is the position of its decoder layer in the model, dense layers counted.
 
-    `shared`, `shared_name`: the expert beside the routed ones that every token passes. `shared_trains`: it is part of
-    an edit.
+    `shared`, `shared_name`: the expert beside the routed ones that every token passes.
     """
 
     index: int
@@ -55,7 +54,6 @@ class MoELayer:
     num_experts: int
     top_k: int
     scoring: Scoring | None = None
-    shared_trains: bool = False
 
     @property
     def layout(self) -> str:
@@ -141,11 +139,15 @@ def _top_k(router: nn.Module, config: PreTrainedConfig) -> int | None:
 
 
 class Backbone:
-    """The MoE layers of a model, in order. Holds references to the model's modules, never copies."""
+    """The MoE layers of a model, in order. Holds references to the model's modules, never copies.
+
+    `beside`: name in the model -> module that trains whole beside split experts, while they are split out.
+    """
 
     def __init__(self, model: PreTrainedModel, layers: list[MoELayer]):
         self.model = model
         self.layers = layers
+        self.beside: dict[str, nn.Module] = {}
 
     @classmethod
     def of(cls, model: PreTrainedModel, *, takes_dense: bool = False) -> Backbone:

@@ -12,7 +12,7 @@ F intermediate size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -128,16 +128,18 @@ ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, split_experts_forward)
 class SplitModel:
     """A model whose critical experts are trainable parameters of their own; everything else is frozen.
 
-    Shared experts that belong to the set train whole and in place, with LoRA on the others too.
+    Shared experts that belong to the set train whole and in place, with LoRA on the others too; so do the modules that
+    are given beside them.
 
     Args:
         backbone: the model's MoE layers.
-        expert_set: the experts to split out.
+        expert_set: the experts to split out; may be empty where modules train beside them.
         lora_rank: train LoRA of this rank on the critical experts instead of their full weights.
+        beside: name in the model -> module without children that trains too, as a projection of attention.
 
     Raises:
-        ValueError: an empty set, a set of another model, a shared expert that the model does not have, or a model that
-            is split already.
+        ValueError: nothing would be trained, a set of another model, a shared expert that the model does not have, or
+            a model that is split already.
     """
 
     def __init__(
@@ -147,8 +149,9 @@ class SplitModel:
         *,
         lora_rank: int | None = None,
         lora_alpha: float | None = None,
+        beside: Mapping[str, nn.Module] | None = None,
     ):
-        if len(expert_set) == 0:
+        if len(expert_set) == 0 and not beside:
             raise ValueError("expert set is empty: nothing would be trained")
         shape = {layer.index: layer.num_experts for layer in backbone}
         if shape != expert_set.experts_per_layer:
@@ -172,10 +175,9 @@ class SplitModel:
             module.add_module(CHILD, critical)
         self.model.set_experts_implementation(IMPLEMENTATION)
         self._routers = Fp32Weights(backbone.routers())
-        for index in expert_set.shared:
-            backbone.layer(index).shared_trains = True
-        self._shared = Fp32Weights(self._shared_modules())
-        if lora_rank is not None:
+        backbone.beside = self._shared_modules() | dict(beside or {})
+        self._beside = Fp32Weights(backbone.beside)
+        if lora_rank is not None and len(expert_set):
             self._add_lora(lora_rank, lora_alpha if lora_alpha is not None else 2.0 * lora_rank)
 
     def _add_lora(self, rank: int, alpha: float) -> None:
@@ -211,17 +213,16 @@ class SplitModel:
     @property
     def originals(self) -> list[nn.Module]:
         """Modules outside of the model that hold original weights, whole on every process."""
-        return [*self._routers.originals.values(), *self._shared.originals.values()]
+        return [*self._routers.originals.values(), *self._beside.originals.values()]
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Name -> parameter of everything that trains on the experts of the set (full weights or LoRA)."""
+        """Name -> parameter of all that trains besides routers: experts (full weights or LoRA), what is beside."""
         wanted = "lora_" if self.lora_rank is not None else f".{CHILD}."
         split = {n: p for n, p in self.model.named_parameters() if f".{CHILD}." in n and wanted in n}
-        shared = [self.backbone.layer(index).shared_parameters() for index in self.expert_set.shared]
-        return split | {n: p for parameters in shared for n, p in parameters.items()}
+        return split | self._beside.parameters()
 
     def train_experts(self, *, routers: bool = False) -> None:
-        """Let gradients reach the experts of the set (and, if asked, the routers) and nothing else."""
+        """Let gradients reach what is `trainable` (and, if asked, the routers) and nothing else."""
         self.model.requires_grad_(False)
         for parameter in [
             *self.trainable().values(),
@@ -241,11 +242,11 @@ class SplitModel:
         split = [experts_module for experts_module, _ in self._split_layers()] if experts else []
         for module in split:
             module.split_enabled = False
-        former_shared = self._shared.original() if experts else nullcontext()
+        former_beside = self._beside.original() if experts else nullcontext()
         former_routers = self._routers.original() if routers else nullcontext()
         try:
             # The original is a reference: no dropout, no router jitter.
-            with torch.no_grad(), evaluating(self.model), former_shared, former_routers:
+            with torch.no_grad(), evaluating(self.model), former_beside, former_routers:
                 yield self.backbone
         finally:
             for module in split:
@@ -274,7 +275,7 @@ class SplitModel:
 
         One whole tensor at a time, for a sharded model that no process could `fuse`. Collective.
         """
-        dtypes = self._routers.dtypes() | self._shared.dtypes()
+        dtypes = self._routers.dtypes() | self._beside.dtypes()
         split = {f"{self.backbone.layer(i).experts_name}.": i for i in self.expert_set.by_layer()}
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             if f".{CHILD}." in name:
@@ -321,9 +322,8 @@ class SplitModel:
                         # A copy: FSDP2 frees the storage behind a gathered parameter, also under a view that is kept.
                         own = (value.T if flipped else value).to(dtype, copy=True)
                         yield f"{layer.experts_name}.{name}", expert, own
-        dtypes = self._routers.dtypes() | self._shared.dtypes()
-        shared = [self.backbone.layer(index).shared_parameters() for index in self.expert_set.shared]
-        for named in (self.backbone.router_parameters(), *shared):
+        dtypes = self._routers.dtypes() | self._beside.dtypes()
+        for named in (self.backbone.router_parameters(), self._beside.parameters()):
             for name, parameter in named.items():
                 yield name, None, whole(parameter).to(dtypes[name])
 
@@ -344,7 +344,6 @@ class SplitModel:
         if hasattr(self.model, "peft_config"):  # left behind by PEFT's injection; save_pretrained would act on it
             del self.model.peft_config
         self._routers.restore_dtype()
-        self._shared.restore_dtype()
-        for layer in self.backbone:
-            layer.shared_trains = False
+        self._beside.restore_dtype()
+        self.backbone.beside = {}
         self.model.set_experts_implementation(self._former_implementation)

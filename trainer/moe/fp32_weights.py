@@ -1,5 +1,5 @@
-"""Modules that train whole (routers, shared experts): fp32 weights that compute in the model's own type, and the
-original ones to go back to.
+"""Modules that train whole (routers, shared experts, attention): fp32 weights that compute in the model's own type,
+and the original ones to go back to.
 
 Updates of a 16-bit weight that are smaller than its spacing are lost, so the weights are held in fp32. They compute
 cast to the model's type, which is what will be exported: what is trained is what is kept. The originals are modules of
@@ -56,6 +56,14 @@ class Fp32Weights:
         finally:
             for name, forward in trained.items():
                 self._set_forward(name, forward)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Name in the model -> parameter, each once: a module's children are given beside it."""
+        return {
+            f"{name}.{own}": parameter
+            for name, module in self._modules.items()
+            for own, parameter in module.named_parameters(recurse=False)
+        }
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """Name in the model -> the type that each parameter has in the checkpoint."""

@@ -51,7 +51,7 @@ def quantise(backbone: Backbone, kind: Kind, device: torch.device) -> None:
     """Move a model to `device` and pack the frozen matrices of its decoder layers there, one layer at a time.
 
     Packed: the fused expert tensors and the linear layers (attention, shared experts, dense layers). Left as they are:
-    routers and other gates, critical experts and LoRA, shared experts that train, norms, biases, convolutions,
+    routers and other gates, critical experts and LoRA, what trains beside them, norms, biases, convolutions,
     embeddings, the head. At no time does `device` hold more than one whole layer besides the packed ones.
 
     Raises:
@@ -70,10 +70,9 @@ def quantise(backbone: Backbone, kind: Kind, device: torch.device) -> None:
 def packable(backbone: Backbone) -> Iterator[tuple[nn.Module, list[tuple[nn.Module, list[str]]]]]:
     """Every decoder layer with the modules in it of which `quantise` packs tensors, and the names of these."""
     left = {id(inner) for layer in backbone for inner in layer.router.modules()}
+    left |= {id(module) for module in backbone.beside.values()}
     for layer in backbone:
         left |= {id(inner) for inner in getattr(layer.experts, CHILD, nn.Identity()).modules()}
-        if layer.shared is not None and layer.shared_trains:
-            left |= {id(inner) for inner in layer.shared.modules()}
     fused = {id(layer.experts) for layer in backbone}
     for decoder_layer in _decoder_layers(backbone):
         chosen: list[tuple[nn.Module, list[str]]] = []
@@ -151,7 +150,8 @@ def fuse_into(base: Backbone, split: SplitModel, lora_alpha: float | None = None
     """
     if is_quantised(base.model):
         raise ValueError("the base is quantised: a fused checkpoint would keep what packing lost")
-    repaired = SplitModel(base, split.expert_set, lora_rank=split.lora_rank, lora_alpha=lora_alpha)
+    beside = {name: base.model.get_submodule(name) for name in split.backbone.beside}
+    repaired = SplitModel(base, split.expert_set, lora_rank=split.lora_rank, lora_alpha=lora_alpha, beside=beside)
     repaired.load_state_dict(split.state_dict())
     repaired.fuse()
     return base.model

@@ -49,11 +49,11 @@ def find_writers(backbone: Backbone) -> list[Writer]:
     Raises:
         ValueError: a block of a decoder layer has no linear layer whose output is its own; names the block.
     """
-    blocks = list(_blocks(backbone))
+    found_blocks = list(blocks(backbone))
     find = _last_by_size if backbone.model.device.type == "meta" else _last_linear
-    last = find(backbone, [block for *_, block in blocks])
+    last = find(backbone, [block for *_, block in found_blocks])
     found = [_of_experts(layer) for layer in backbone]
-    for index, kind, name, block in blocks:
+    for index, kind, name, block in found_blocks:
         if id(block) not in last:
             raise ValueError(
                 f"layer {index}: {name} ends in no linear layer, so what writes to the residual stream cannot be told"
@@ -71,7 +71,7 @@ def _of_experts(layer: MoELayer) -> Writer:
     return Writer(layer.index, "experts", name, bias, is_fused=True, is_transposed=bool(experts.is_transposed))
 
 
-def _blocks(backbone: Backbone) -> Iterator[tuple[int, Kind, str, nn.Module]]:
+def blocks(backbone: Backbone) -> Iterator[tuple[int, Kind, str, nn.Module]]:
     """(layer, kind, name, module) of every block of a decoder layer besides its routed experts."""
     moe = {layer.index: layer for layer in backbone}
     layers = list(decoder_layers(backbone).items())

@@ -125,22 +125,28 @@ def diagnose(
 
 def control(
     experiment: Experiment[Any],
+    name: str,
     repaired: Callable[[], Experiment[Any]],
     reads: Sequence[str],
     after: Sequence[Step[Any]],
+    *,
+    whole: bool = False,
 ) -> Figures:
-    """Attack success of the same repair on experts drawn at random: what the choice of experts is worth.
+    """Figures of the same repair on something else, to compare with; kept as the step `name`.
 
     Args:
-        repaired: a fresh copy of the model, repaired on the control's experts.
+        repaired: a fresh copy of the model, repaired there.
+        whole: every figure, else attack success alone.
     """
 
     def make() -> Figures:
         other = repaired()
-        return other.suite.measure_asr(other.model, other.chat, ("seen", "unseen"), label="random control")
+        if whole:
+            return other.suite.measure(other.model, other.chat, label=name).metrics
+        return other.suite.measure_asr(other.model, other.chat, ("seen", "unseen"), label=name)
 
-    kept = JsonFile(experiment.folder / "stages" / "control" / "metrics.json")
-    return dict(experiment.step("control", make, kept, reads=reads, after=after).value)
+    kept = JsonFile(experiment.folder / "stages" / name / "metrics.json")
+    return dict(experiment.step(name, make, kept, reads=reads, after=after).value)
 
 
 # --- the table at the end of a run -----------------------------------------------------------------

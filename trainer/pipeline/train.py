@@ -15,7 +15,6 @@ from data_prep.errors import UserError
 from trainer.engines.engine import engine
 from trainer.engines.table import names as engine_names
 from trainer.moe.expert_set import ExpertSet
-from trainer.moe.experts import SplitModel
 from trainer.moe.trainable import TrainableModel, Trained, WholeModel
 from trainer.pipeline.experiment import Experiment
 from trainer.recipe.section import TrainerSection
@@ -25,6 +24,7 @@ from trainer.runtime.console import is_main_process
 from trainer.runtime.files import atomic_write, save_tensors
 from trainer.training import resume
 from trainer.training.loop import StageResult
+from trainer.training.under_repair import trained_attention, under_repair
 
 BITSANDBYTES = ("8bit", "bnb", "paged")
 """What the names of its optimisers hold."""
@@ -59,21 +59,21 @@ def whole(experiment: Experiment[Any]) -> Experiment[Any]:
 
 
 def split(experiment: Experiment[Any], experts: ExpertSet, section: RepairSection) -> TrainableModel:
-    """The model with its critical experts split out, or all of it for the full fine-tuning baseline.
+    """The model as `under_repair` makes it. Whole on entry, and held as the engine does afterwards. Collective.
 
-    The experiment's model is whole on entry, and held as the engine does afterwards.
+    Raises:
+        UserError: the recipe names attention that the model does not have.
     """
-    if section.scope == "full":
-        model = WholeModel(experiment.backbone)
-        experiment.engine.shard(model.reference)
-        experiment.engine.shard(model.backbone)
-        return model
+    attention = trained_attention(experiment.backbone, section).values()
+    experiment.engine.make_real(parameter for module in attention for parameter in module.parameters())
     set_seed(experiment.recipe.run.seed)  # LoRA starts from drawn weights: the same ones in a resumed run
-    parts = SplitModel(experiment.backbone, experts, lora_rank=section.lora_rank, lora_alpha=section.lora_alpha)
-    experiment.hold(parts.backbone)
+    model = under_repair(experiment.backbone, experts, section)
+    if isinstance(model, WholeModel):
+        experiment.engine.shard(model.reference)
+    experiment.hold(model.backbone)
     if experiment.recipe.model.quantization is not None:
-        parts.is_original = False  # its original is packed whole, the critical experts that train are not
-    return parts
+        model.is_original = False  # its original is packed whole, the critical experts that train are not
+    return model
 
 
 def train_step(

@@ -92,8 +92,19 @@ class DetectSection(PairsSection):
     bootstrap: int = Field(200, ge=0, le=100_000, description="resamples for the stability of the selection; 0: none")
 
 
+class AttentionSection(Section):
+    """Projections of attention (of linear attention, of short convolutions) that train, whole."""
+
+    projections: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="last part of their names in the model, as [q_proj, k_proj]; null: all of them"
+    )
+    layers: Annotated[list[Annotated[int, Field(ge=0, lt=65536)]], Field(min_length=1)] | Share | None = Field(
+        None, description="decoder layers, or a share of them from the lowest on; null: all of them"
+    )
+
+
 class RepairSection(TrainerSection):
-    """Training the critical experts, and the rows that they are trained on."""
+    """Training the critical experts, attention or both, and the rows that they are trained on."""
 
     arguments_class = "SFTConfig"
     trainer_defaults = {
@@ -105,7 +116,12 @@ class RepairSection(TrainerSection):
         "max_length": 512,
     }
 
-    scope: Literal["experts", "full"] = Field("experts", description="full: full fine-tuning, to compare with")
+    scope: Literal["experts", "attention", "full"] = Field(
+        "experts", description="attention: no expert trains; full: full fine-tuning, to compare with"
+    )
+    attention: AttentionSection | None = Field(
+        None, description="what of attention trains, beside the critical experts or (scope: attention) alone"
+    )
     lora_rank: Annotated[int, Field(ge=1, le=8192)] | None = Field(
         None, description="LoRA on the critical experts; null: their full weights"
     )
@@ -129,6 +145,19 @@ class RepairSection(TrainerSection):
         if self.lora_alpha is not None and self.lora_rank is None:
             raise at_key("lora_alpha", f"found {self.lora_alpha}, but lora_rank is not set; set both or neither")
         return self
+
+    @model_validator(mode="after")
+    def _scope_has_its_keys(self) -> RepairSection:
+        if self.scope == "full" and self.attention is not None:
+            raise at_key("attention", "found a section, but scope is full: attention trains with everything else")
+        if self.scope == "attention" and self.lora_rank is not None:
+            raise at_key("lora_rank", f"found {self.lora_rank}, but scope is attention: no expert trains")
+        return self
+
+    @property
+    def of_attention(self) -> AttentionSection | None:
+        """What of attention trains; None: nothing, or with everything else."""
+        return self.attention or (AttentionSection() if self.scope == "attention" else None)
 
 
 class ConsistencySection(TrainerSection):

@@ -49,9 +49,10 @@ def audit_files(base: Path, folder: Path, footprint: Footprint) -> dict[str, Any
         `untouched_identical`: every tensor and row outside the footprint is bit-equal to the base, in the base's type
         (None where it holds every parameter, so that there is no outside); `moved_outside` names the ones that are
         not, a tensor of another type among them. `not_moved`: experts, shared experts and routers of the footprint
-        without a changed bit. `files_differ`: files that are missing, added or altered. `experts_changed` of
-        `experts_total`, `shared_experts_changed` (number), `gate_weights_changed` (share) and `tensors_changed`
-        (number, of those in the files) are counted inside and outside. `footprint`: how many tensors of the files and
+        without a changed bit, and its other tensors where it is not the whole model. `files_differ`: files that are
+        missing, added or altered. `experts_changed` of `experts_total`, `shared_experts_changed` (number),
+        `gate_weights_changed` (share) and `tensors_changed` (number, of those in the files) are counted inside and
+        outside. `footprint`: how many tensors of the files and
         how many `parameters` of the model's it holds. `compared`: "files" or "models". `not_exported`: tensors of the
         base that are left out, because its model class does not load them or they repeat a tied weight.
 
@@ -144,6 +145,8 @@ class _Moved:
     gates: int = 0
     gates_changed: int = 0
     routers: set[str] = field(default_factory=set)
+    moved: set[str] = field(default_factory=set)
+    """Names in the model."""
 
     def add(self, name: str, old: Tensor, new: Tensor) -> None:
         """Compare one pair. One of another type or shape is outside of every footprint."""
@@ -163,6 +166,7 @@ class _Moved:
         if not rows:
             return
         self.tensors += 1
+        self.moved |= set(self.where.of[name].targets)
         if name in self.where.experts:
             one = self.where.of[name].row
             self.experts |= {(self.where.experts[name], row) for row in (rows if one is None else [one])}
@@ -177,7 +181,7 @@ class _Moved:
         return {
             "untouched_identical": not self.outside if inside < of else None,
             "moved_outside": sorted(self.outside),
-            "not_moved": self._not_moved(backbone, footprint),
+            "not_moved": self._not_moved(backbone, footprint, whole_model=inside == of),
             "experts_changed": len(self.experts),
             "experts_total": self.where.total_experts,
             "shared_experts_changed": len(self.shared),
@@ -187,8 +191,8 @@ class _Moved:
             "compared": compared,
         }
 
-    def _not_moved(self, backbone: Backbone, footprint: Footprint) -> list[str]:
-        """Experts, shared experts and routers that were named to be changed and were not, as text."""
+    def _not_moved(self, backbone: Backbone, footprint: Footprint, *, whole_model: bool) -> list[str]:
+        """Experts, shared experts, routers and other tensors that were named to be changed and were not, as text."""
         found: list[str] = []
         for layer in backbone:
             named: set[int] = set()
@@ -205,7 +209,10 @@ class _Moved:
             own = {f"{layer.router_name}.{name}" for name, _ in layer.router.named_parameters()}
             if own & set(footprint) and not own & self.routers:
                 found.append(f"layer {layer.index} router")
-        return found
+        if whole_model:
+            return found
+        parts = {*backbone.expert_parameters(), *backbone.router_parameters(), *backbone.shared_parameters()}
+        return found + [name for name in footprint if name not in parts | self.moved]
 
 
 @torch.no_grad()

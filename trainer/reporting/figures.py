@@ -144,6 +144,7 @@ def control_metrics(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     diagnostics = evaluation.get("diagnostics") or {}
     named = {
         "Random experts": "random_control",
+        "Attention alone": "attention_control",
         "Bottom of the ranking": "bottom_control",
         "Steering": "steering_baseline",
     }

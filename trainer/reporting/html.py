@@ -4,7 +4,7 @@ What is read, all but the first optional; keys that a file lacks are left out of
 
 - `evaluation.json`: `{"before": M, "after": M, "diagnostics": D}` as in docs/evaluation-json.md. Of D:
   `router_restore_gap`, `topk_flip_rate`, `gate_weights_changed` (share), `experts_changed`, `experts_total`,
-  `untouched_identical`, `random_control` (M or a part of it),
+  `untouched_identical`, `random_control`, `attention_control` (M or a part of it),
   `drift_per_layer` [{layer, flip_rate, kl}], `parameters` {trained, total}, `cost` {name: number or text},
   `stages` as in docs/evaluation-json.md.
 - `recipe.yaml`, shown as it is; `manifest.json`: name, created, seed, versions {name: version},

@@ -76,6 +76,7 @@ class Diagnostics(Known):
     untouched_identical: bool | None = None
     drift_per_layer: list[Drift] | None = None
     random_control: Metrics | None = None
+    attention_control: Metrics | None = None
     bottom_control: Metrics | None = None
     steering_baseline: Metrics | None = None
 

@@ -78,7 +78,7 @@ def cautions(run: Artefacts, figures: Sequence[Figure]) -> list[str]:
     if gap is not None and gap > _LARGE_GAP:
         found.append(
             f"With the original router put back, attack success rises by {100 * gap:.1f} points: part of the repair "
-            "is a routing shortcut, not a change in the experts."
+            "is a routing shortcut, not a change in what reads the prompt."
         )
     found += stage_cautions(run)
     found += _control_cautions(figures)

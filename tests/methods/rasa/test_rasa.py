@@ -177,10 +177,20 @@ def test_without_export_the_checkpoint_is_audited_and_then_removed(small: Small,
         {"repair__routing": "replay", "repair__lora_rank": 4},
         {"repair__train_gates": True, "repair__retain_loss": "ce"},
         {"repair__scope": "full"},
+        {"repair__scope": "attention", "repair__attention": {"layers": 0.5}},
+        {"repair__attention": {"projections": ["o_proj"]}, "evaluate__attention_control": True},
         {"schedule__rounds": 2, "detect__selection": "random", "detect__tokens": "response"},
         {"detect__score": "gate_mass", "detect__recombined": 0.0, "repair__recombined": 0.0, "repair__robust": 0.0},
     ],
-    ids=["replay-lora", "gates-ce", "full", "two-rounds-random", "gate-mass-plain"],
+    ids=[
+        "replay-lora",
+        "gates-ce",
+        "full",
+        "attention",
+        "attention-and-experts",
+        "two-rounds-random",
+        "gate-mass-plain",
+    ],
 )
 def test_every_variant_runs_to_its_report(small: Small, tmp_path: Path, changes: dict[str, Any]) -> None:
     recipe = small(**{k: v for k, v in changes.items() if not k.startswith("schedule")})

@@ -6,6 +6,7 @@ from trainer.methods.rasa.recipe import RasaRecipe
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet
 from trainer.moe.footprint import Footprint
+from trainer.training.under_repair import trained_attention, trained_experts
 
 
 def may_change(recipe: RasaRecipe, backbone: Backbone, experts: ExpertSet, kind: str) -> Footprint:
@@ -14,5 +15,7 @@ def may_change(recipe: RasaRecipe, backbone: Backbone, experts: ExpertSet, kind:
         return Footprint.of_routers(backbone)
     if recipe.repair.scope == "full":
         return Footprint.everything(backbone.model)
-    of_experts = Footprint.of_experts(backbone, experts)
-    return of_experts | Footprint.of_routers(backbone) if recipe.repair.train_gates else of_experts
+    found = Footprint.of_experts(backbone, trained_experts(experts, recipe.repair))
+    for name, module in trained_attention(backbone, recipe.repair).items():
+        found |= Footprint.of(f"{name}.{own}" for own, _ in module.named_parameters())
+    return found | Footprint.of_routers(backbone) if recipe.repair.train_gates else found

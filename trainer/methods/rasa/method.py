@@ -16,7 +16,7 @@ Where we differ from the paper, and why, stands in docs/rasa.md; `recipes/*/rasa
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import reduce
+from functools import partial, reduce
 from operator import or_
 from typing import Any
 
@@ -26,7 +26,7 @@ from trainer.methods.rasa.mix import mixed
 from trainer.methods.rasa.plan import check_shared_experts, planned, would_change
 from trainer.methods.rasa.recipe import RasaRecipe
 from trainer.methods.rasa.report import report
-from trainer.methods.rasa.stages import ALL_READ, READS, Stages
+from trainer.methods.rasa.stages import ALL_READ, ATTENTION_CONTROL, CONTROL, READS, Stages
 from trainer.moe.footprint import Footprint
 from trainer.pipeline import publish
 from trainer.pipeline.experiment import Experiment, Opened, Step
@@ -53,12 +53,8 @@ class Rasa:
         after = measure(stages.experiment, "evaluate-after", [last])
         found = diagnose(stages.experiment, stages.model, after.value, stages.texts, [last, after])
         audit = export(stages, last)
-        random = {}
-        if recipe.evaluate.random_control and recipe.repair.scope == "experts":
-            identity = stages.experiment.identity("control", ALL_READ, [last])
-            random = control(stages.experiment, lambda: stages.on_random_experts(identity), ALL_READ, [last])
         found |= {key: audit[key] for key in publish.MOVED}
-        found |= {"random_control": random, "steering_baseline": steered, "stages": stages.effects}
+        found |= _controls(stages, last) | {"steering_baseline": steered, "stages": stages.effects}
         evaluation = {"before": before.value, "after": after.value, "diagnostics": found}
         publish.publish(experiment, evaluation, report, lambda written: _print_summary(written, recipe))
 
@@ -107,9 +103,26 @@ def export(stages: Stages, last: Step[Any]) -> dict[str, Any]:
         lambda: publish.stock_of(experiment, stages.model, experiment.recipe.repair.lora_alpha),
         reduce(or_, declared, Footprint()),
         [last],
-        None if experiment.recipe.repair.scope == "full" else experts,
+        experts if experiment.recipe.repair.scope == "experts" else None,
         trained=stages.model,
     )
+
+
+def _controls(stages: Stages, last: Step[Any]) -> dict[str, Any]:
+    """The same repair elsewhere: what the choice of experts is worth, and what experts are worth at all."""
+    recipe = stages.experiment.recipe
+    kinds = {
+        "random_control": (recipe.evaluate.random_control, CONTROL, stages.on_random_experts),
+        "attention_control": (recipe.evaluate.attention_control, ATTENTION_CONTROL, stages.on_attention),
+    }
+    found: dict[str, Any] = {}
+    for key, (wanted, name, train) in kinds.items():
+        found[key] = {}
+        if wanted and recipe.repair.scope == "experts":
+            identity = stages.experiment.identity(name, ALL_READ, [last])
+            whole = key == "attention_control"  # worth its time where it costs the harmless less than experts do
+            found[key] = control(stages.experiment, name, partial(train, identity), ALL_READ, [last], whole=whole)
+    return found
 
 
 def _steered(experiment: Experiment[RasaRecipe], before: Step[Any]) -> dict[str, Any]:
@@ -145,9 +158,10 @@ def _say_effect(stage: str, effect: dict[str, Any]) -> None:
 def _print_summary(evaluation: dict[str, Any], recipe: RasaRecipe) -> None:
     found = evaluation["diagnostics"]
     rows: list[list[object]] = []
-    if found["random_control"]:
-        random = found["random_control"]["asr_unseen"]
-        rows.append(["asr_unseen, matched random experts", "", shown(random), random["n"]])
+    for key, words in (("random_control", "matched random experts"), ("attention_control", "attention alone")):
+        if found[key]:
+            other = found[key]["asr_unseen"]
+            rows.append([f"asr_unseen, {words}", "", shown(other), other["n"]])
     for name in ("router_restore_gap", "topk_flip_rate", "gate_weights_changed"):
         rows.append([name, "", f"{found[name]:.3f}", ""])
     share = found["experts_changed"] / found["experts_total"]

@@ -13,13 +13,13 @@ from trainer.methods.rasa.footprint import may_change
 from trainer.methods.rasa.recipe import RasaRecipe
 from trainer.moe.backbone import Backbone
 from trainer.moe.expert_set import ExpertSet
-from trainer.moe.experts import SplitModel
 from trainer.moe.footprint import Footprint
-from trainer.moe.trainable import TrainableModel, WholeModel
+from trainer.moe.trainable import TrainableModel
 from trainer.planning import parts, steps
 from trainer.planning.planned import Planned, PlannedStage, Saving, Training
 from trainer.planning.savings import Change, fewer_prompts, single_rows
 from trainer.planning.workload import batch_rows
+from trainer.training.under_repair import under_repair
 
 
 def planned(recipe: RasaRecipe) -> Planned:
@@ -52,15 +52,6 @@ def critical(recipe: RasaRecipe, backbone: Backbone) -> ExpertSet:
     check_shared_experts(recipe, backbone.model.config.model_type, backbone.shared_layers)
     experts = parts.spread_evenly(number, backbone)
     return experts.with_shared(backbone.shared_layers) if detect.shared_experts else experts
-
-
-def under_repair(recipe: RasaRecipe, backbone: Backbone) -> TrainableModel:
-    """The model as the training stages hold it."""
-    if recipe.repair.scope == "full":
-        return WholeModel(backbone)
-    repair = recipe.repair
-    experts = critical(recipe, backbone)
-    return SplitModel(backbone, experts, lora_rank=repair.lora_rank, lora_alpha=repair.lora_alpha)
 
 
 def row_counts(recipe: RasaRecipe) -> tuple[int, int]:
@@ -107,12 +98,14 @@ class RasaPlanned:
         repair, evaluate = self.recipe.repair, self.recipe.evaluate
         if "repair" not in self._kinds or repair.scope == "full":
             return
-        if repair.lora_rank is None:
+        if repair.lora_rank is None and repair.scope == "experts":
             lora = repair.model_copy(update={"lora_rank": 8})
             yield "repair.lora_rank=8", self.recipe.model_copy(update={"repair": lora}), self._kinds
-        if evaluate.random_control:
-            without = evaluate.model_copy(update={"random_control": False})
-            yield "evaluate.random_control=false", self.recipe.model_copy(update={"evaluate": without}), ()
+        on = [name for name in ("random_control", "attention_control") if getattr(evaluate, name)]
+        if on:
+            without = evaluate.model_copy(update=dict.fromkeys(on, False))
+            words = " ".join(f"evaluate.{name}=false" for name in on)
+            yield words, self.recipe.model_copy(update={"evaluate": without}), ()
 
     # --- the stages -------------------------------------------------------------------------------
 
@@ -131,8 +124,9 @@ class RasaPlanned:
 
     @property
     def _controls(self) -> int:
-        """The repaired model stays beside the one with random experts, which goes through the same stages."""
-        return int(self.recipe.evaluate.random_control and self.recipe.repair.scope == "experts")
+        """The repaired model stays beside a control's, which goes through the same stages; one control at a time."""
+        evaluate = self.recipe.evaluate
+        return int((evaluate.random_control or evaluate.attention_control) and self.recipe.repair.scope == "experts")
 
     def _detect(self) -> PlannedStage:
         detect = self.recipe.detect
@@ -147,7 +141,7 @@ class RasaPlanned:
         recipe, section, length = self.recipe, self.recipe.repair, self._length
 
         def hold(backbone: Backbone) -> TrainableModel:
-            model = under_repair(recipe, backbone)
+            model = under_repair(backbone, critical(recipe, backbone), section)
             model.train_experts(routers=section.train_gates)
             return model
 
@@ -164,7 +158,7 @@ class RasaPlanned:
         recipe, section, length = self.recipe, self.recipe.consistency, self._length
 
         def hold(backbone: Backbone) -> TrainableModel:
-            model = under_repair(recipe, backbone)
+            model = under_repair(backbone, critical(recipe, backbone), recipe.repair)
             model.train_routers()
             return model
 
@@ -183,7 +177,7 @@ class RasaPlanned:
         section = self.recipe.evaluate
 
         def hold(backbone: Backbone) -> TrainableModel:
-            model = under_repair(self.recipe, backbone)
+            model = under_repair(backbone, critical(self.recipe, backbone), self.recipe.repair)
             model.model.requires_grad_(False)
             return model
 

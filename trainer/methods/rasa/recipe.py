@@ -20,6 +20,9 @@ from trainer.recipe.steer import SteerSection
 
 
 class RasaEvaluateSection(ControlledEvaluateSection):
+    attention_control: bool = Field(
+        False, description="also train attention alone (as repair.attention says, or all of it), to compare with"
+    )
     steering_baseline: bool = Field(
         False, description="also measure the original model steered as section steer says, to compare with"
     )
@@ -49,6 +52,12 @@ class RasaRecipe(Recipe):
         kinds = {kind for _, kind in self.training}
         everywhere = "repair" in kinds and (self.repair.train_gates or self.repair.scope == "full")
         return everywhere or "consistency" in kinds
+
+    @model_validator(mode="after")
+    def _shared_experts_train_with_experts(self) -> RasaRecipe:
+        if self.repair.scope == "attention" and self.detect.shared_experts:
+            raise at_key("detect.shared_experts", "found true, but repair.scope is attention: no expert trains")
+        return self
 
     @model_validator(mode="after")
     def _fits_quantised_layers(self) -> RasaRecipe:

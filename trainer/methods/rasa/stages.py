@@ -11,9 +11,11 @@ from trainer.evaluation.diagnostics import Twins, routing_gap
 from trainer.methods.rasa.identify import Critical
 from trainer.methods.rasa.recipe import RasaRecipe
 from trainer.model.reply import Reply
+from trainer.moe.expert_set import ExpertSet
 from trainer.moe.trainable import TrainableModel
 from trainer.pipeline.experiment import Experiment
 from trainer.pipeline.train import Train, split
+from trainer.recipe.sections import RepairSection
 from trainer.training.consistency import make_routing_consistent
 from trainer.training.loop import StageResult
 from trainer.training.repair import repair_experts
@@ -22,6 +24,8 @@ from trainer.training.rows import Mix, consistency_rows
 READS = {"repair": ["repair"], "consistency": ["repair", "consistency"]}
 """The recipe's sections that a stage depends on, besides the stages before it."""
 ALL_READ = ["repair", "consistency", "schedule", "evaluate"]
+CONTROL, ATTENTION_CONTROL = "control", "attention-control"
+"""Steps that train a second model, to compare with."""
 SAMPLE = 32
 """Pairs on which the effect of every stage is measured."""
 ACTS = 0.1
@@ -101,9 +105,17 @@ class Stages:
 
     def on_random_experts(self, identity: str) -> Experiment[RasaRecipe]:
         """A fresh copy of the model after the same schedule, rows and seed on matched random experts."""
+        experts = self.critical.experts.random_like(self.experiment.recipe.run.seed)
+        return self._anew(CONTROL, experts, self.experiment.recipe.repair, identity)
+
+    def on_attention(self, identity: str) -> Experiment[RasaRecipe]:
+        """The same on attention alone, as much of it as the repair trains beside experts, or all."""
+        alone = self.experiment.recipe.repair.model_copy(update={"scope": "attention", "lora_rank": None})
+        return self._anew(ATTENTION_CONTROL, self.critical.experts, alone, identity)
+
+    def _anew(self, name: str, experts: ExpertSet, repair: RepairSection, identity: str) -> Experiment[RasaRecipe]:
         copy = self.experiment.reloaded()
-        seed, repair = copy.recipe.run.seed, copy.recipe.repair
-        other = Stages(copy, split(copy, self.critical.experts.random_like(seed), repair), self.critical, self.mix)
+        other = Stages(copy, split(copy, experts, repair), self.critical, self.mix)
         for number, (_, kind) in enumerate(copy.recipe.training):
-            other.kinds[kind](copy.folder / "stages" / "control" / str(number), identity)
+            other.kinds[kind](copy.folder / "stages" / name / str(number), identity)
         return copy
