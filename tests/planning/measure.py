@@ -58,11 +58,12 @@ def recipe(case: set[str]) -> RasaRecipe:
     }
     if "lora" in case:
         repair["lora_rank"] = 8
+    detect = {"max_new_tokens": LENGTH}  # as long as the rows
     source = {"path": "x", "train": "0:1", "test": "1:2"}
     data: dict[str, Any] = {"harmful": source, "benign": source, "borderline": source}
     data["jailbreaks"] = {"path": "x", "seen": ["a"], "unseen": ["b"]}
     tree = {"run": {"name": "x"}, "model": {"name_or_path": "x", "dtype": "bfloat16" if "bf16" in case else "float32"}}
-    made = recipe_of({**tree, "data": data, "repair": repair}, source="x")
+    made = recipe_of({**tree, "data": data, "detect": detect, "repair": repair}, source="x")
     assert isinstance(made, RasaRecipe)
     return made
 

@@ -118,10 +118,9 @@ def test_a_gradient_on_the_anchors_side(tmp_path: Path, monkeypatch: Patch) -> N
 
 
 def test_a_retain_term_with_the_wrong_sign_of_its_sides(tmp_path: Path, monkeypatch: Patch) -> None:
-    def reverse(self: Any, model: Any, inputs: Any, logits_BRV: torch.Tensor) -> torch.Tensor:
-        kept = logits_BRV.shape[1] + 1
-        original = self._reference(model, inputs, inputs["retain"], kept).logits_BSV[:, -kept:-1].log_softmax(-1)
-        now = logits_BRV.log_softmax(-1)
+    def reverse(self: Any, model: Any, inputs: Any, logits_NV: torch.Tensor, _kept_N: Any) -> torch.Tensor:
+        original = self._on_responses(model, inputs, inputs["retain"]).logits.log_softmax(-1)
+        now = logits_NV.log_softmax(-1)
         return (now.exp() * (now - original)).sum(-1)
 
     trained = split()

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from data_prep.errors import UserError
+from trainer.engines.extensions import say_what_is_waited_for
 from trainer.engines.launch_config import no_deepspeed
 from trainer.engines.table import TABLE, Capabilities, names
 from trainer.model.load import hollow, load
@@ -136,6 +137,7 @@ def _deepspeed() -> Engine:
         raise no_deepspeed() from None
     from accelerate.utils import DeepSpeedPlugin
 
+    say_what_is_waited_for()
     plugin = DeepSpeedPlugin()
     given: dict[str, Any] = plugin.deepspeed_config["zero_optimization"]
     stage = given.get("stage")

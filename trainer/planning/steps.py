@@ -2,7 +2,7 @@
 
 Every function here gives a `planned.Step`. Which parameters get gradients was said when the model was held.
 
-Shapes: B rows, S positions, R = S - 1 predicted ones, V vocabulary, E experts, T = B x S tokens.
+Shapes: B rows, S positions, R predicted ones, V vocabulary, E experts, T = B x S tokens.
 """
 
 from __future__ import annotations
@@ -51,23 +51,25 @@ def experts_with_gradients(backbone: Backbone) -> Backbone:
     return backbone
 
 
-def repair(section: RepairSection, rows: int, length: int, retained: int) -> Step:
+def repair(section: RepairSection, rows: int, length: int, response: int, retained: int) -> Step:
     """`ExpertRepairTrainer.compute_loss` at a step that is logged, where the original runs on every row.
 
     Args:
+        response: of the positions, so many are trained, which the head sees alone.
         retained: of the rows, so many are compared with the original model.
     """
+    kept = response + 1
 
     def step(held: TrainableModel) -> Tensor:
         held.model.train()
         inputs = _inputs(rows, length)
         replay = section.routing == "replay"
-        original_BSV = _original_logits(held, inputs, 0) if replay else None
+        original_BSV = _original_logits(held, inputs, kept) if replay else None
         with record(held.backbone):
-            logits_BSV = held.model(**inputs, use_cache=False, logits_to_keep=length).logits
-        logits_BRV, targets_BR = logits_BSV[:, :-1], inputs["input_ids"][:, 1:]
+            logits_BSV = held.model(**inputs, use_cache=False, logits_to_keep=kept).logits
+        logits_BRV, targets_BR = logits_BSV[:, :-1], inputs["input_ids"][:, -response:]
         if not replay:
-            original_BSV = _original_logits(held, inputs, 0)
+            _original_logits(held, inputs, 1)
         loss_BR = F.cross_entropy(logits_BRV.transpose(1, 2).float(), targets_BR, reduction="none")
         if retained:
             chosen_B = torch.arange(retained)
@@ -76,7 +78,7 @@ def repair(section: RepairSection, rows: int, length: int, retained: int) -> Ste
                 assert original_BSV is not None
                 reference_BSV = original_BSV[chosen_B]
             else:
-                reference_BSV = _original_logits(held, _inputs(retained, length), length)
+                reference_BSV = _original_logits(held, _inputs(retained, length), kept)
             reference_BRV = torch.log_softmax(reference_BSV[:, :-1].float(), -1)
             kl_BR = (reference_BRV.exp() * (reference_BRV - torch.log_softmax(current_BRV.float(), -1))).sum(-1)
             loss_BR = loss_BR.index_copy(0, chosen_B, kl_BR)

@@ -4,7 +4,7 @@ Two kinds of rows share a batch. `repair` rows carry the target refusal: cross-e
 rows carry the original model's own answer: KL to the original model (which the split holds for free) or cross-entropy.
 Each row weighs the same whatever its length, so that the loss does not depend on how rows fall on ranks.
 
-Shapes: B rows, S positions, R positions from the first response token of the batch on, V vocabulary.
+Shapes: B rows, S positions, R = S - 1 predicted positions, N of them response tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from trainer.recipe.sections import RepairSection
 from trainer.training.first_step import check_is_original, check_loss, check_nothing_is_drawn, repair_row
 from trainer.training.fitting import CUT_TARGET, NO_ROOM, LeftOut, RowTable, turn_of
 from trainer.training.loop import StageResult, arguments, configs_kept, stop_unless_finite, train
-from trainer.training.responses import mean_by_row, response_batch, response_logits
+from trainer.training.responses import Responses, response_batch, response_logits
 from trainer.training.resume import ResumableTrainer
 
 Stream = Literal["repair", "retain"]
@@ -108,10 +108,10 @@ def _dataset(chat: Chat, rows: Sequence[TrainingRow], max_length: int | None, ta
 
 @dataclass(frozen=True)
 class Reference:
-    """What the original model does on a batch."""
+    """What the original model does on a batch. `logits`: [N, V], or [B, kept, V]."""
 
     routing: Trace
-    logits_BSV: Tensor
+    logits: Tensor
 
 
 class ExpertRepairTrainer(ResumableTrainer, SFTTrainer):
@@ -163,7 +163,7 @@ class ExpertRepairTrainer(ResumableTrainer, SFTTrainer):
             self._expected = self._loss_by_row(model, inputs["row"].tolist())
         if self.section.routing == "frozen":
             return super().training_step(model, inputs, num_items_in_batch)
-        self._replayed = self._reference(model, inputs, torch.ones_like(inputs["retain"]))
+        self._replayed = self._on_responses(model, inputs, torch.ones_like(inputs["retain"]))
         # Pinned through backward as well: checkpointing recomputes the forward there.
         with pin(self.trained.backbone, self._replayed.routing.index_TK):
             return super().training_step(model, inputs, num_items_in_batch)
@@ -178,13 +178,13 @@ class ExpertRepairTrainer(ResumableTrainer, SFTTrainer):
         assert not return_outputs, "the stage has no evaluation loop"
         draw_nothing(self.trained.model)
         with record(self.trained.backbone) as routing:
-            logits_BRV, targets_BR, mask_BR = response_logits(model, inputs)
+            said = response_logits(model, self.trained.model, inputs)
         if self.state.global_step % max(int(self.args.logging_steps), 1) == 0:
-            original = self._replayed or self._reference(model, inputs, torch.ones_like(inputs["retain"]))
+            original = self._replayed or self._reference(model, inputs)
             self._log_flips(routing, original.routing, inputs["attention_mask"])
             if self._expected is not None:
                 self._check_routing(model, inputs, routing, original.routing)
-        loss_B, loss = self._losses(model, inputs, logits_BRV, targets_BR, mask_BR)
+        loss_B, loss = self._losses(model, inputs, said)
         for name, chosen in (("repair_loss", ~inputs["retain"]), ("retain_loss", inputs["retain"])):
             if chosen.any():
                 self._metrics["train"][name].append(loss_B[chosen].mean().item())
@@ -215,11 +215,11 @@ class ExpertRepairTrainer(ResumableTrainer, SFTTrainer):
             kept, response = len(ids) - prompt + 1, ids[prompt:]
             inputs = {"input_ids": torch.tensor([ids], device=self.args.device)}
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-            original = self._reference(model, inputs, torch.ones(1, dtype=torch.bool, device=self.args.device), kept)
+            original = self._reference(model, inputs, kept)
             replayed = pin(self.trained.backbone, original.routing.index_TK)
             with evaluating(self.trained.model), replayed if section.routing == "replay" else nullcontext():
                 logits_RV = runs(**inputs, use_cache=False, logits_to_keep=kept).logits[0, -kept:-1]
-            original_RV = original.logits_BSV[0, -kept:-1]
+            original_RV = original.logits[0, -kept:-1]
             if self.trained.is_original:
                 check_loss(
                     "repair, before the first update, against the original model",
@@ -234,40 +234,46 @@ class ExpertRepairTrainer(ResumableTrainer, SFTTrainer):
 
     # --- the loss ---------------------------------------------------------------------------------
 
-    def _losses(
-        self, model: nn.Module, inputs: dict[str, Any], logits_BRV: Tensor, targets_BR: Tensor, mask_BR: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _losses(self, model: nn.Module, inputs: dict[str, Any], said: Responses) -> tuple[Tensor, Tensor]:
         """Unweighted loss per row [B], detached, and the weighted loss."""
         retain_B = inputs["retain"]
-        loss_BR = F.cross_entropy(logits_BRV.transpose(1, 2).float(), targets_BR, reduction="none")
+        loss_N = F.cross_entropy(said.logits_NV.float(), said.targets_N, reduction="none")
         use_kl = self.section.retain_loss == "kl" and self.section.retain_weight > 0
         if use_kl and retain_B.any():
-            loss_BR = loss_BR.index_copy(0, retain_B.nonzero()[:, 0], self._kl(model, inputs, logits_BRV[retain_B]))
+            kept_N = retain_B[said.row_N]
+            loss_N = loss_N.index_copy(
+                0, kept_N.nonzero()[:, 0], self._kl(model, inputs, said.logits_NV[kept_N], kept_N)
+            )
         elif use_kl and self._replayed is None and is_sharded(self.trained.model):
             # Other processes have rows to retain, and a sharded original needs this one to run.
-            self._reference(model, inputs, torch.ones_like(retain_B), 1)
-        loss_B = mean_by_row(loss_BR, mask_BR)
-        first_B1 = mask_BR.int().argmax(1, keepdim=True)
-        decision_B = loss_BR.gather(1, first_B1)[:, 0] * mask_BR.any(1)
+            self._reference(model, inputs)
+        loss_B, loss_BR = said.mean_by_row(loss_N), said.placed(loss_N)
+        decision_B = loss_BR.gather(1, said.mask_BR.int().argmax(1, keepdim=True))[:, 0]
         weight_B = torch.where(retain_B, self.section.retain_weight, 1.0)
         return loss_B.detach(), (weight_B * (loss_B + self.section.first_token_weight * decision_B)).mean()
 
-    def _kl(self, model: nn.Module, inputs: dict[str, Any], logits_BRV: Tensor) -> Tensor:
-        """KL(original || current) per position of the retain rows, [B_retain, R], in fp32."""
-        retain_B, kept = inputs["retain"], logits_BRV.shape[1] + 1
+    def _kl(self, model: nn.Module, inputs: dict[str, Any], logits_NV: Tensor, kept_N: Tensor) -> Tensor:
+        """KL(original || current) of the retain rows' tokens, in fp32; `kept_N` marks them among the batch's."""
         if self._replayed is not None:
-            original_BSV = self._replayed.logits_BSV[retain_B]
+            original_NV = self._replayed.logits[kept_N]
         else:
-            original_BSV = self._reference(model, inputs, retain_B, kept).logits_BSV
-        reference = torch.log_softmax(original_BSV[:, -kept:-1].float(), -1)
-        return (reference.exp() * (reference - torch.log_softmax(logits_BRV.float(), -1))).sum(-1)
+            original_NV = self._on_responses(model, inputs, inputs["retain"]).logits
+        reference = torch.log_softmax(original_NV.float(), -1)
+        return (reference.exp() * (reference - torch.log_softmax(logits_NV.float(), -1))).sum(-1)
 
-    def _reference(self, model: nn.Module, inputs: dict[str, Any], rows_B: Tensor, kept: int = 0) -> Reference:
-        """One forward of the original model: routing, and logits on the last `kept` positions (0: all)."""
+    def _on_responses(self, model: nn.Module, inputs: dict[str, Any], rows_B: Tensor) -> Reference:
+        """One forward of the original model on some rows: routing, and logits of their responses."""
+        chosen = {name: inputs[name][rows_B] for name in ("input_ids", "attention_mask", "response")}
+        with self.trained.original() as original, record(original) as routing:
+            said = response_logits(self._runs(model, original.model), original.model, chosen)
+        return Reference(routing, said.logits_NV)
+
+    def _reference(self, model: nn.Module, inputs: dict[str, Any], kept: int = 1) -> Reference:
+        """The same on every row, with logits on the last `kept` positions."""
         with self.trained.original() as original, record(original) as routing:
             logits_BSV = self._runs(model, original.model)(
-                input_ids=inputs["input_ids"][rows_B],
-                attention_mask=inputs["attention_mask"][rows_B],
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
                 use_cache=False,
                 logits_to_keep=kept,
             ).logits

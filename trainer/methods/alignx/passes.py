@@ -3,7 +3,7 @@
 `L = mean over rows of the mean over response tokens of CE`: the response alone, and every row weighs the same, so that
 the loss does not depend on how rows fall on processes.
 
-Shapes: B rows, S positions, R positions from the first response token of the batch on, V vocabulary.
+Shapes: B rows, S positions, N response tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from trainer.moe.modes import draw_nothing, evaluating
 from trainer.training.first_step import check_loss, repair_row
 from trainer.training.fitting import NO_ROOM, RowTable, turn_of
 from trainer.training.loop import StageResult, arguments, configs_kept, stop_unless_finite, train
-from trainer.training.responses import mean_by_row, response_batch, response_logits
+from trainer.training.responses import response_batch, response_logits
 from trainer.training.resume import ResumableTrainer
 
 SECTION = "adapters"
@@ -127,10 +127,10 @@ class AdapterTrainer(ResumableTrainer):
         draw_nothing(self.trained.model)
         if self.is_first_batch():
             with torch.no_grad():
-                found = _loss(self.trained.model, inputs).item()
+                found = self._loss(self.trained.model, inputs).item()
             check_loss(SECTION, found, self._loss_by_row(inputs["row"].tolist()), self.trained.model.dtype)
         self.trained.drop()
-        loss = _loss(model, inputs)
+        loss = self._loss(model, inputs)
         assert loss.requires_grad, "nothing in the model trains"
         stop_unless_finite(loss.detach(), self.state.global_step, self.trained, self.folder, SECTION)
         return loss
@@ -147,9 +147,7 @@ class AdapterTrainer(ResumableTrainer):
             losses.append(repair_row(logits_1SV[0, prompt - 1 : -1], ids[prompt:], None, 0.0))
         return sum(losses) / len(losses)
 
-
-def _loss(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """Mean over rows of the mean cross-entropy of their response tokens."""
-    logits_BRV, targets_BR, mask_BR = response_logits(model, inputs)
-    loss_BR = F.cross_entropy(logits_BRV.transpose(1, 2).float(), targets_BR, reduction="none")
-    return mean_by_row(loss_BR, mask_BR).mean()
+    def _loss(self, runs: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Mean over rows of the mean cross-entropy of their response tokens."""
+        said = response_logits(runs, self.trained.model, inputs)
+        return said.mean_by_row(F.cross_entropy(said.logits_NV.float(), said.targets_N, reduction="none")).mean()

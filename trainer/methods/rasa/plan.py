@@ -139,6 +139,7 @@ class RasaPlanned:
 
     def _repair(self) -> PlannedStage:
         recipe, section, length = self.recipe, self.recipe.repair, self._length
+        response = min(length - 1, recipe.detect.max_new_tokens)  # refusals and answers are the model's own
 
         def hold(backbone: Backbone) -> TrainableModel:
             model = under_repair(backbone, critical(recipe, backbone), section)
@@ -147,7 +148,7 @@ class RasaPlanned:
 
         return PlannedStage(
             "repair",
-            steps.repair(section, batch_rows(section), length, retained_rows(recipe)),
+            steps.repair(section, batch_rows(section), length, response, retained_rows(recipe)),
             hold,
             Training(section, sum(row_counts(recipe)), length, rounds=recipe.schedule.rounds),
             copies=self._controls,
