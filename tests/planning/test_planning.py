@@ -19,7 +19,7 @@ from tests.planning.measure import recipe as small_recipe
 from tests.tiny import FAMILIES, tiny_model
 from trainer.cli import app as cli
 from trainer.engines.memory import ENGINES
-from trainer.methods.rasa.plan import critical, planned, under_repair
+from trainer.methods.rasa.plan import critical, planned
 from trainer.methods.rasa.recipe import RasaRecipe
 from trainer.methods.table import recipe_of
 from trainer.moe.backbone import Backbone
@@ -32,6 +32,7 @@ from trainer.planning.planned import PlannedStage
 from trainer.planning.rehearsal import rehearse
 from trainer.planning.sizes import measure
 from trainer.training.loop import parameter_counts
+from trainer.training.under_repair import trained_attention, under_repair
 
 
 def changed(made: RasaRecipe, **sections: dict[str, Any]) -> RasaRecipe:
@@ -116,10 +117,26 @@ def test_a_top_k_that_takes_every_expert_is_refused() -> None:
 def test_trainable_parameters_are_those_of_the_real_stages(case: str) -> None:
     made = changed(small_recipe(set(case.split("+"))), detect={"top_k": 5})
     backbone = Backbone.of(tiny_model())
-    trained = under_repair(made, backbone)
+    trained = under_repair(backbone, critical(made, backbone), made.repair)
     trained.train_experts(routers=made.repair.train_gates)
     found = plan(made, tiny_model().config, gpus=1)
     assert found.parts.trainable["repair"] == parameter_counts(backbone.model)[0]
+
+
+@pytest.mark.parametrize("scope", ["experts", "attention"])
+def test_attention_is_planned_like_the_real_one(scope: str) -> None:
+    keys = {"scope": scope, "attention": {"layers": 0.5, "projections": ["q_proj", "o_proj"]}}
+    made = changed(small_recipe({"full"}), detect={"top_k": 5}, repair=keys)
+    backbone = Backbone.of(tiny_model())
+    of_attention = sum(p.numel() for m in trained_attention(backbone, made.repair).values() for p in m.parameters())
+    trained = under_repair(backbone, critical(made, backbone), made.repair)
+    trained.train_experts()
+    found = plan(made, tiny_model().config, gpus=1)
+    assert found.parts.trainable["repair"] == parameter_counts(backbone.model)[0]
+    assert found.parts.footprint == of_attention + found.parts.critical + found.parts.routers
+    assert (found.parts.critical_experts, found.parts.critical > 0) == (
+        (5, True) if scope == "experts" else (0, False)
+    )
 
 
 def test_shared_experts_of_the_edit_are_planned_like_the_real_ones() -> None:
@@ -127,7 +144,7 @@ def test_shared_experts_of_the_edit_are_planned_like_the_real_ones() -> None:
     model = next(family for family in MOE_FAMILIES if family.model_type == "qwen2_moe").build()
     backbone, without = Backbone.of(model), changed(made, detect={"shared_experts": False})
     shared = sum(p.numel() for p in backbone.shared_parameters().values())
-    trained = under_repair(made, backbone)
+    trained = under_repair(backbone, critical(made, backbone), made.repair)
     trained.train_experts()
     found = plan(made, model.config, gpus=1)
     assert found.parts.trainable["repair"] == parameter_counts(model)[0]
@@ -208,7 +225,7 @@ def test_quantised_tensors_are_those_that_quantise_packs() -> None:
 
     backbone = Backbone.of(tiny_model("qwen3_moe"))
     made = changed(small_recipe({"full"}), detect={"top_k": 4})
-    trained = under_repair(made, backbone)
+    trained = under_repair(backbone, critical(made, backbone), made.repair)
     saved = measure(trained).weights - measure(trained, "4bit").weights
     assert isinstance(trained, SplitModel)
     quantise(backbone, "4bit", torch.device("cpu"))

@@ -11,26 +11,22 @@ Shapes: B prompts, S positions, H hidden size, C copies.
 from __future__ import annotations
 
 import copy
-import ctypes
 import gc
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from data_prep.errors import UserError
 from trainer.runtime.console import progress
+from trainer.runtime.peak import cost_of
 
 BASE = "base"
 COPIES = 3
 MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe")
 """Names of the MLP in transformers' decoder layers."""
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class MlpMixture(nn.Module):
@@ -144,8 +140,8 @@ def _turn(way: Callable[[], nn.Module], prompts: Prompts) -> _Turn:
         )
 
     generate()  # pays for what is made once
-    seconds, growth = _measured(generate, device)
-    return _Turn(seconds, held_bytes(model), growth)
+    cost = cost_of(generate, device)
+    return _Turn(cost.seconds, held_bytes(model), cost.grown)
 
 
 def held_bytes(model: nn.Module) -> int:
@@ -156,28 +152,3 @@ def held_bytes(model: nn.Module) -> int:
         for storage in [tensor.untyped_storage()]
     }
     return sum(storages.values())
-
-
-def _measured(generate: Callable[[], None], device: torch.device) -> tuple[float, int | None]:
-    """Seconds of a call, and bytes that it adds to the memory in use at its peak."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before, start = torch.cuda.memory_allocated(device), time.perf_counter()
-        generate()
-        torch.cuda.synchronize(device)
-        return time.perf_counter() - start, torch.cuda.max_memory_allocated(device) - before
-    if is_readable := _CLEAR.exists():
-        gc.collect()
-        # Freed memory that the allocator keeps would be used again, and not seen to grow.
-        ctypes.CDLL(None).malloc_trim(0)
-        _CLEAR.write_text("5")  # the peak of resident memory starts anew
-    before, start = _resident("VmRSS") if is_readable else 0, time.process_time()
-    generate()
-    seconds = time.process_time() - start
-    return seconds, max(0, _resident("VmHWM") - before) if is_readable else None
-
-
-def _resident(key: str) -> int:
-    (line,) = [line for line in _STATUS.read_text().splitlines() if line.startswith(f"{key}:")]
-    return int(line.split()[1]) * 1024
