@@ -6,6 +6,7 @@ All sizes are bytes; `processes` is the number over which an engine splits.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 
 from trainer.engines.table import TABLE, names
@@ -103,9 +104,10 @@ def by_cost(processes: int) -> list[tuple[str, ...]]:
     return [tuple(group) for group in groups]
 
 
-def leanest(processes: int) -> str:
-    """The engine that leaves least on each GPU, short of moving weights to the host."""
-    return [engine for group in by_cost(processes) for engine in group if engine not in OFFLOADED][-1]
+def leanest(processes: int, allowed: Collection[str] = ENGINES) -> str:
+    """Of the engines that are allowed the one that leaves least on each GPU, short of moving weights to the host."""
+    left = [engine for group in by_cost(processes) for engine in group if engine not in OFFLOADED]
+    return [engine for engine in left if engine in allowed][-1]
 
 
 def memory(

@@ -68,6 +68,12 @@ class Plan:
         return self.gpus * self.nodes
 
     @property
+    def engines(self) -> tuple[str, ...]:
+        """Those that every stage of the run can have."""
+        split = () if any(stage.needs_whole_model for stage in self._run) else SPLIT_WEIGHTS
+        return tuple(engine for engine in ENGINES if engine in split or engine not in SPLIT_WEIGHTS)
+
+    @property
     def checkpointing(self) -> bool:
         """Whether the recipe's training stages use activation checkpointing; False where nothing trains."""
         sections = [stage.training.section for stage in self._run if stage.training is not None]
@@ -82,10 +88,10 @@ class Plan:
         """Every stage's peak in one process.
 
         Raises:
-            UserError: an engine that there is not.
+            UserError: an engine that there is not, or that a stage cannot have.
         """
-        if engine not in ENGINES:
-            raise UserError(f"engine: found {engine!r}; allowed: {', '.join(ENGINES)}")
+        if engine not in self.engines:
+            raise UserError(f"engine: found {engine!r}; allowed: {', '.join(self.engines)}")
         found = []
         for stage in self._run:
             saves = accumulates = False
@@ -136,13 +142,13 @@ class Plan:
         for engines in by_cost(self.processes):
             for checkpointing in sorted({self.checkpointing, True}):
                 for engine in engines:
-                    if self.fits(engine, checkpointing, gpu_memory_gb):
+                    if engine in self.engines and self.fits(engine, checkpointing, gpu_memory_gb):
                         return Choice(engine, checkpointing)
         return None
 
     def advice(self, gpu_memory_gb: float | None = None) -> list[str]:
         """What to change where nothing fits, each with what it would save in the fullest stage."""
-        engine = leanest(self.processes)
+        engine = leanest(self.processes, self.engines)
         now = self.per_gpu(engine, True)
         size = gpu_memory_gb if gpu_memory_gb is not None else self.gpu_memory_gb
         found = []
@@ -152,8 +158,9 @@ class Plan:
             if less.total < now.total:
                 enough = "" if size is None or less.total > USABLE * size * GB else ", which fits"
                 found.append(f"{saving.words}: {less.total / GB:.1f} instead of {now.total / GB:.1f} GB{enough}")
-        splitting = " and ".join(name for name in SPLIT_WEIGHTS if name not in OFFLOADED)
-        return [*found, f"more GPUs: {splitting} split the weights over all of them"]
+        splitting = [name for name in SPLIT_WEIGHTS if name in self.engines and name not in OFFLOADED]
+        more = f"more GPUs: {' and '.join(splitting)} split the weights over all of them"
+        return [*found, more] if splitting else found
 
     def steps(self) -> list[Steps]:
         """Optimiser steps and tokens of the training stages, at most."""
@@ -162,7 +169,7 @@ class Plan:
     def json(self) -> dict[str, Any]:
         """Everything as plain values; sizes in bytes."""
         engines = {}
-        for engine in ENGINES:
+        for engine in self.engines:
             shown = {}
             for name, checkpointing in (("as_recipe", None), ("checkpointing", True), ("no_checkpointing", False)):
                 found = self.per_gpu(engine, checkpointing)

@@ -58,6 +58,8 @@ class PlannedStage:
     training: Training | None = None
     copies: int = 0
     copies_where_split: int = 0
+    needs_whole_model: bool = False
+    """Engines that split weights cannot run the stage."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from trainer.engines.memory import ENGINES, Memory
+from trainer.engines.memory import Memory
 from trainer.planning.plan import GB, Plan
 from trainer.runtime.console import say, table
 
@@ -35,7 +35,7 @@ def show(plan: Plan) -> None:
     sizes = [plan.gpu_memory_gb] if plan.gpu_memory_gb is not None else list(CARDS)
     parts_shown = [name for name in Memory("", 0).parts() if any(_of(plan, name))]
     by_part, fitting = [], []
-    for engine in ENGINES:
+    for engine in plan.engines:
         now, saving = plan.per_gpu(engine), plan.per_gpu(engine, True)
         by_part.append([engine, now.stage, *(_gb(now.parts()[name]) for name in parts_shown), _gb(now.total)])
         totals = [_gb(total) for total in (now.total, saving.total, plan.host_memory(engine))]
@@ -71,7 +71,7 @@ def _recommend(plan: Plan, size: float) -> None:
 
 
 def _of(plan: Plan, name: str) -> Iterable[int]:
-    return (plan.per_gpu(engine).parts()[name] for engine in ENGINES)
+    return (plan.per_gpu(engine).parts()[name] for engine in plan.engines)
 
 
 def _answer(plan: Plan, engine: str, size: float) -> str:

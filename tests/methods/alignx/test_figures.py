@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
+from data_prep.errors import UserError
 from data_prep.schema import Conversation, Prompt
 from tests.tiny import tiny_model
 from trainer.methods.alignx.evaluate import drops, is_closer, mean_rate
@@ -84,5 +85,11 @@ def test_a_plan_counts_one_adapter_that_trains_and_the_passes_of_all(family: str
     assert found.parts.trainable == {"adapters": 3 * 2 * 4 * (32 + 32)}
     assert found.parts.footprint == 0 and found.fits("single")
     (steps,) = found.steps()
+    # Adapters are put into a whole model: what would split it is neither listed nor recommended.
+    assert found.engines == tuple(found.json()["engines"]) == ("single", "ddp", "zero1", "zero2")
+    with pytest.raises(UserError, match="engine: found 'zero3'; allowed: single, ddp, zero1, zero2"):
+        found.per_gpu("zero3")
+    tiny = plan(made, planned(made), config, gpus=4, gpu_memory_gb=1e-6)
+    assert tiny.recommended is None and not any("more GPUs" in line for line in tiny.advice())
     # 60 rows in batches of 10, two passes, and once more for the baseline on all axes.
     assert steps.rows == 60 and steps.steps == 6 * 2 * 2

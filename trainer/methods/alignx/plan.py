@@ -56,7 +56,8 @@ class AlignxPlanned:
         # Every axis trains on its own rows; the baseline on all of them again.
         rounds = len(section.passes) * (2 if recipe.evaluate.baselines else 1)
         training = Training(section, self._rows(), length, rounds=rounds)
-        trains = PlannedStage("adapters", _pass(batch_rows(section), length), hold, training)
+        step = _pass(batch_rows(section), length)
+        trains = PlannedStage("adapters", step, hold, training, needs_whole_model=True)
         asked = steps.replies(recipe.evaluate.batch_size, length + recipe.evaluate.max_new_tokens)
         return [trains, PlannedStage("evaluate", asked, all_act, copies=1, copies_where_split=1)]
 
