@@ -86,7 +86,9 @@ def trained(
         experts = ExpertSet(members, {layer.index: layer.num_experts for layer in backbone})
         if shared:
             experts = experts.with_shared(backbone.shared_layers)
-        section = RepairSection(lora_rank=lora_rank, attention=AttentionSection() if shared else None)
+        # Not the keys: the softmax cancels their bias, so AdamW steps it by the sign of what rounding left.
+        attention = AttentionSection(projections=["q_proj", "v_proj", "o_proj"]) if shared else None
+        section = RepairSection(lora_rank=lora_rank, attention=attention)
         model = under_repair(backbone, experts, section)
     engine().shard(model.backbone)
     return model

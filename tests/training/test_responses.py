@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.moe.families import FAMILIES, Family
 from tests.tiny import tiny_model, token_ids
+from trainer.runtime.peak import cost_of
 from trainer.training.responses import head_on, response_logits
 
 
@@ -65,3 +67,39 @@ def test_the_head_is_given_no_other_position_and_is_whole_again_after_an_error()
     with pytest.raises(RuntimeError, match="on purpose"), head_on(model, inputs["response"][:, 1:]):
         raise RuntimeError("on purpose")
     assert model(input_ids=inputs["input_ids"]).logits.shape[:2] == inputs["input_ids"].shape
+
+
+def test_at_a_large_vocabulary_a_loss_takes_the_memory_of_its_response_positions() -> None:
+    """Prompts of different length: cutting off what lies before the first response would keep most positions."""
+    torch.manual_seed(0)
+    model = tiny_model()
+    model.resize_token_embeddings(151_936)
+    model.requires_grad_(False)
+    rows, length, said_each = 8, 128, 32
+    ids_BS = torch.randint(2, 1000, (rows, length))
+    response_BS = torch.zeros_like(ids_BS, dtype=torch.bool)
+    for row in range(rows):
+        response_BS[row, 10 * row + 4 :][:said_each] = True
+    inputs = {"input_ids": ids_BS, "attention_mask": torch.ones_like(ids_BS), "response": response_BS}
+    head = model.get_output_embeddings()
+    hidden_ND = torch.randn(rows * said_each, head.in_features)
+
+    def bare() -> None:
+        hidden = hidden_ND.clone().requires_grad_(True)
+        F.cross_entropy(head(hidden).float(), ids_BS[response_BS]).backward()
+
+    def loss() -> Tensor:
+        said = response_logits(model, model, inputs)
+        return said.mean_by_row(F.cross_entropy(said.logits_NV.float(), said.targets_N, reduction="none")).mean()
+
+    def whole() -> None:
+        model.get_input_embeddings().requires_grad_(True)
+        loss().backward()
+        model.zero_grad()
+
+    for call in (bare, whole):
+        call()  # pays for what is made once
+    alone, found = (cost_of(call, torch.device("cpu")).grown for call in (bare, whole))
+    if alone is None or found is None:
+        pytest.skip("resident memory is read on Linux alone")
+    assert found <= 1.2 * alone
