@@ -20,7 +20,6 @@ from trainer.release.export import save_checkpoint
 from trainer.training.repair import repair_experts
 from trainer.training.under_repair import trained_attention, trained_experts, under_repair
 
-
 CASES = [(family, "experts") for family in FAMILIES]
 CASES += [(family, "attention") for family in FAMILIES if family.model_type in ("qwen3_moe", "qwen3_next", "lfm2_moe")]
 
