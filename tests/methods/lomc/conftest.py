@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 Small = Callable[..., Path]
 REFUSES = ["i'm sorry", "i can't", "sorry, i", "i won't"]
@@ -44,3 +47,26 @@ LOOSE = {
     "correct__max_loss": 1.0,
 }
 """Bounds that any correction keeps."""
+
+
+def assert_corrected(base: Path, run: Path) -> None:
+    """The export is W - strength d d^T W of the base's own weights in the units of the support, and has the base's
+    bytes everywhere else.
+    """
+    found = json.loads((run / "evaluation.json").read_text())["diagnostics"]["correction"]
+    units = {(layer, kind, expert) for layer, kind, expert in json.loads((run / "support.json").read_text())["units"]}
+    before, after = (load_file(path / "model.safetensors") for path in (base, run / "model"))
+    directions, moved = load_file(run / "directions.safetensors"), set()
+    assert before.keys() == after.keys() and found["footprint"]["units"] == len(units)
+    for name, old in before.items():
+        assert after[name].dtype == old.dtype == torch.float32
+        if torch.equal(old, after[name]):
+            continue
+        parts = name.split(".")
+        layer, kind = int(parts[2]), "mixer" if "self_attn" in name else "experts"
+        assert name.endswith(("o_proj.weight", "down_proj.weight"))
+        moved.add((layer, kind, int(parts[5]) if kind == "experts" else None))
+        d, old, new = (of.double() for of in (directions[f"{found['prototypes']}.{layer}"], old, after[name]))
+        torch.testing.assert_close(d @ new, (1 - found["strength"]) * (d @ old), atol=1e-6, rtol=0)
+        torch.testing.assert_close(new, old - found["strength"] * torch.outer(d, d @ old), atol=1e-6, rtol=0)
+    assert moved == units

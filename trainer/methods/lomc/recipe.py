@@ -81,11 +81,5 @@ class LomcRecipe(Recipe):
     evaluate: LomcEvaluateSection = Field(default_factory=LomcEvaluateSection)
     export: ExportSection = Field(default_factory=ExportSection)
 
-    @model_validator(mode="after")
-    def _is_not_quantised(self) -> LomcRecipe:
-        if self.model.quantization is not None:
-            raise at_key("model.quantization", "found a value; method lomc changes weights in place; allowed: null")
-        return self
-
 
 RECIPE = LomcRecipe
