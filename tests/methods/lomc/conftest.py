@@ -50,13 +50,16 @@ LOOSE = {
 
 
 def assert_corrected(base: Path, run: Path) -> None:
-    """The export is W - strength d d^T W of the base's own weights in the units of the support, and has the base's
-    bytes everywhere else.
+    """The export is W - strength d d^T W of the base's own weights in the units of the support, one round after the
+    other, and has the base's bytes everywhere else.
     """
     found = json.loads((run / "evaluation.json").read_text())["diagnostics"]["correction"]
     units = {(layer, kind, expert) for layer, kind, expert in json.loads((run / "support.json").read_text())["units"]}
     before, after = (load_file(path / "model.safetensors") for path in (base, run / "model"))
-    directions, moved = load_file(run / "directions.safetensors"), set()
+    rounds = [(load_file(run / "directions.safetensors"), str(found["prototypes"]), found["strength"])]
+    later = load_file(run / "rounds.safetensors")
+    rounds += [(later, str(at), one["strength"]) for at, one in enumerate(found["later"])]
+    moved = set()
     assert before.keys() == after.keys() and found["footprint"]["units"] == len(units)
     for name, old in before.items():
         assert after[name].dtype == old.dtype == torch.float32
@@ -66,7 +69,11 @@ def assert_corrected(base: Path, run: Path) -> None:
         layer, kind = int(parts[2]), "mixer" if "self_attn" in name else "experts"
         assert name.endswith(("o_proj.weight", "down_proj.weight"))
         moved.add((layer, kind, int(parts[5]) if kind == "experts" else None))
-        d, old, new = (of.double() for of in (directions[f"{found['prototypes']}.{layer}"], old, after[name]))
-        torch.testing.assert_close(d @ new, (1 - found["strength"]) * (d @ old), atol=1e-6, rtol=0)
-        torch.testing.assert_close(new, old - found["strength"] * torch.outer(d, d @ old), atol=1e-6, rtol=0)
+        wanted, new = old.double(), after[name].double()
+        for directions, prefix, strength in rounds:
+            d = directions[f"{prefix}.{layer}"].double()
+            wanted -= strength * torch.outer(d, d @ wanted)
+        torch.testing.assert_close(new, wanted, atol=1e-6, rtol=0)
+        if len(rounds) == 1:
+            torch.testing.assert_close(d @ new, (1 - found["strength"]) * (d @ old.double()), atol=1e-6, rtol=0)
     assert moved == units
