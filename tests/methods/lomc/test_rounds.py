@@ -13,7 +13,7 @@ import torch
 from trainer.methods.lomc import rounds
 from trainer.methods.lomc.correct import Tried
 from trainer.methods.lomc.groups import Groups, Halves
-from trainer.methods.lomc.identify import Located
+from trainer.methods.lomc.identify import Located, directions_of
 from trainer.moe.rank_one import Correction, Unit
 
 UNITS = (Unit(0, "mixer"), Unit(1, "mixer"))
@@ -68,9 +68,16 @@ def test_rounds_go_on_to_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
     assert later(monkeypatch, fits, [True, True], 1) == []
 
 
-def test_rounds_end_where_nothing_is_left_to_fit_on_or_nothing_more_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_end_where_nothing_is_left_or_nothing_more_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(later(monkeypatch, [{1: {0: axis(1)}}, {}], [True, True], 4)) == 1
     assert later(monkeypatch, [{1: {0: axis(1)}}], [False], 4) == []
+
+
+def test_no_direction_is_fitted_where_a_group_has_no_prompts_left() -> None:
+    asked: Any = object()
+    some, none = Groups([asked], [asked], [asked]), Groups([], [asked], [asked])
+    experiment: Any = None
+    assert directions_of(experiment, none, some) == {} and directions_of(experiment, some, none) == {}
 
 
 def test_a_layer_without_a_direction_of_its_own_is_left_out_of_that_round_alone() -> None:

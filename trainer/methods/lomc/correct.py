@@ -111,7 +111,8 @@ def search(experiment: Experiment[LomcRecipe], located: Step[Located], grouped: 
         return {"chosen": best and best.record(), "tried": [one.record() for one in tried]}
 
     kept = JsonFile(experiment.folder / "strength.json")
-    reads = ["correct", "detect.max_new_tokens", "detect.batch_size", "evaluate"]
+    bounds = [f"correct.{key}" for key in ("strengths", "max_kl", "max_loss")]
+    reads = [*bounds, "detect.max_new_tokens", "detect.batch_size", "evaluate"]
     step = experiment.step("strength", make, kept, reads=reads, after=[grouped, located])
     table_of(step.value["tried"], "corrections on held-out training prompts")
     return step

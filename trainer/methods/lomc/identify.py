@@ -174,10 +174,10 @@ def _directions(
 
 
 def directions_of(experiment: Experiment[LomcRecipe], fitted: Groups, held: Groups) -> dict[int, Directions]:
-    """Number of prototypes -> the direction of each layer of the support, for the model as it is now. Empty where too
-    few prompts are left to fit one on, or all of it is collinear with harmful refusal.
+    """Number of prototypes -> the direction of each layer, for the model as it is now. Empty where a group has no
+    prompts left to fit on or to choose by, or every direction is collinear with harmful refusal.
     """
-    if not (fitted.wrong and fitted.right and fitted.harmful):
+    if not all(group for of in (fitted, held) for group in (of.wrong, of.right, of.harmful)):
         return {}
     section, seed = experiment.recipe.detect, experiment.recipe.run.seed
     states, held_states = _states(experiment, fitted), _states(experiment, held)

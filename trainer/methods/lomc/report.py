@@ -75,7 +75,8 @@ def _facts(found: dict[str, Any]) -> Facts:
         ("Strength", ", then ".join(f"{one['strength']:g}" for one in (found, *found["later"]))),
         (
             "Directions",
-            f"{clusters}, orthogonal to harmful refusal, of {found['fitted']['wrong']} wrongly refused prompts",
+            f"{clusters}, orthogonal to harmful refusal, of {found['fitted']['wrong']} wrongly refused prompts"
+            + "".join(f"; then of {one['left']} that were still refused" for one in found["later"]),
         ),
         ("Experts", f"{reach['experts']:,} in {reach['layers']} layers"),
         (
