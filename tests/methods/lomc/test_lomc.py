@@ -50,6 +50,24 @@ def test_a_correction_within_its_bounds_is_written_audited_and_reported(
     assert (folder / "model" / "model.safetensors").stat().st_mtime_ns == stamp
 
 
+def test_what_two_rounds_correct_is_exported_as_both_in_their_order(
+    lomc: Callable[..., Path], organism: Organism, tmp_path: Path
+) -> None:
+    recipe = lomc(**LOOSE, correct__strengths=[0.5, 0.75])
+    assert ended("run", recipe) == 0
+    folder = tmp_path / "runs" / "small"
+    found = json.loads((folder / "evaluation.json").read_text())["diagnostics"]["correction"]
+    (second,) = found["later"]
+    assert second["tried"][0]["strength"] == 0 and second["left"] > 0
+    assert second["tried"][0]["over_refusal"] < found["tried"][0]["over_refusal"], "it begins where the first ends"
+    assert_corrected(organism.model, folder)
+    audit = json.loads((folder / "audit.json").read_text())
+    assert audit["untouched_identical"] and audit["reload_ok"]
+    stamp = (folder / "model" / "model.safetensors").stat().st_mtime_ns
+    assert ended("run", recipe) == 0, "both rounds are read back"
+    assert (folder / "model" / "model.safetensors").stat().st_mtime_ns == stamp
+
+
 def test_where_safety_falls_nothing_is_written_the_report_says_why_and_the_exit_code_is_3(
     lomc: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

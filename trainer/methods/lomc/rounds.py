@@ -1,8 +1,8 @@
 """LoMC, step 4: corrections of what the corrections before them leave refused, in the same support and within the same
 bounds.
 
-Prompts that are refused for several reasons do not all lie along one direction. Under the first correction those that
-are still refused show the reason that is left; directions are fitted on them anew. Corrections compose in their order
+One direction per layer need not hold all reasons of a refusal. Under the first correction the prompts that are still
+refused are found, and directions are fitted on their states anew. Corrections compose in their order
 (`moe/rank_one.py`), and every bound is held against the original model, so that they are bounds on all of them.
 """
 
