@@ -91,7 +91,8 @@ def _round(
 ) -> Round | None:
     with corrected(experiment.backbone, located.writers, before):
         left = Halves(refused_still(experiment, halves.fitted), refused_still(experiment, halves.held))
-        say(f"round {number}: {len(left.fitted.wrong)} of {len(halves.fitted.wrong)} fitted prompts are still refused")
+        now, first = len(left.fitted.wrong), len(halves.fitted.wrong)
+        say(f"round {number}: {now} fitted prompts are wrongly refused; before the first correction {first}")
         several = directions_of(experiment, left.fitted, left.held)
     if not several:
         say(f"round {number}: nothing to fit a direction on")
