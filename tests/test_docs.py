@@ -47,6 +47,8 @@ LOMC = {
     *("correction", "written", "strength", "kinds", "kl", "safety", "figure", "change", "worst", "within"),
     *("footprint", "units", "experts", "layers", "parameters", "of_parameters", "relative_change", "unchanged"),
     *(
+        "later",
+        "left",
         "tried",
         "fitted",
         "held_out",

@@ -17,15 +17,16 @@ import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.parametrize import is_parametrized
 
 from trainer.moe.backbone import Backbone
+from trainer.moe.editable import Editable, editable, is_packed
 from trainer.moe.footprint import Footprint
-from trainer.moe.sharding import assign, is_sharded, size, whole
+from trainer.moe.sharding import size
 from trainer.moe.writers import KINDS, Kind, Writer
 
 STRONGEST = 2.0
@@ -129,6 +130,9 @@ def correct(backbone: Backbone, writers: Sequence[Writer], correction: Correctio
     Raises:
         ValueError: a quantised tensor (correct an unquantised copy), a unit that the model does not have.
     """
+    for name in correction.footprint(writers).rows:
+        if is_packed(backbone.model, name):
+            raise ValueError(f"{name}: quantised, so it cannot be corrected in place; correct an unquantised copy")
     return _apply(backbone, writers, [correction], {})
 
 
@@ -136,46 +140,52 @@ def correct(backbone: Backbone, writers: Sequence[Writer], correction: Correctio
 def corrected(backbone: Backbone, writers: Sequence[Writer], corrections: Sequence[Correction]) -> Iterator[Extent]:
     """The model under corrections, applied in their order, inside; its own bytes again afterwards, whatever happened.
 
-    What is edited lives in memory alone: nothing here writes a file. Ctrl-C and SIGTERM wait while the bytes are put
-    back. Collective where the model is sharded; raises as `correct`.
+    What is edited lives in memory alone: nothing here writes a file. A packed tensor keeps its bytes and is corrected
+    whenever a forward dequantises it (`editable.py`), so the figures are those of (I - s d d^T) W_packed. Ctrl-C and
+    SIGTERM wait while the bytes are put back. Collective where the model is sharded.
+
+    Raises:
+        ValueError: a unit that the model does not have.
     """
-    former: dict[str, Tensor] = {}
+    held: dict[str, Editable] = {}
     try:
-        yield _apply(backbone, writers, corrections, former)
+        yield _apply(backbone, writers, corrections, held)
     finally:
-        with _uninterrupted(), torch.no_grad():
-            for name, value in former.items():
-                assign(backbone.model.get_parameter(name), value)
+        with _uninterrupted():
+            for tensor in held.values():
+                tensor.restore()
 
 
+@torch.no_grad()
 def _apply(
-    backbone: Backbone, writers: Sequence[Writer], corrections: Iterable[Correction], former: dict[str, Tensor]
+    backbone: Backbone, writers: Sequence[Writer], corrections: Iterable[Correction], held: dict[str, Editable]
 ) -> Extent:
-    """Correct and say how far; `former` is given the whole tensors as they were, each before it is written."""
+    """Correct and say how far; `held` is given every tensor before it is edited."""
     touched: dict[str, dict[int | None, Unit]] = {}
     for correction in corrections:
         if correction.strength == 0:
             continue
         for writer, experts in correction._by_writer(writers):
+            rows: list[int | None] = [*experts] or [None]
+            direction_D = None if correction.directions is None else correction.directions[writer.layer]
             for name in (writer.weight, writer.bias):
                 if name is None:
                     continue
-                _refuse_packed(backbone, name)
-                parameter = backbone.model.get_parameter(name)
-                held = whole(parameter)
-                former.setdefault(name, held.clone())
-                value = held.clone() if is_sharded(backbone.model) else held
-                directions = correction.directions
-                direction_D = None if directions is None else directions[writer.layer].to(value.device)
+                if name not in held:
+                    held[name] = editable(backbone, name)
                 lies_last = name == writer.bias or writer.is_transposed
-                rows: list[int | None] = [*experts] or [None]
-                for row in rows:
-                    part = value if row is None else value[row]
-                    part.copy_(_scaled_along(part, direction_D, correction.strength, lies_last=lies_last))
-                    touched.setdefault(name, {})[row] = Unit(writer.layer, writer.kind, row)
-                if value is not held:
-                    assign(parameter, value)
-    return _extent(backbone, touched, former)
+                held[name].edit(partial(_scale_rows, rows, direction_D, correction.strength, lies_last))
+                touched.setdefault(name, {}).update({row: Unit(writer.layer, writer.kind, row) for row in rows})
+    return _extent(backbone, touched, held)
+
+
+def _scale_rows(
+    rows: Sequence[int | None], direction_D: Tensor | None, strength: float, lies_last: bool, value: Tensor
+) -> None:
+    """Correct slices of a whole tensor in place; None: all of it."""
+    for row in rows:
+        part = value if row is None else value[row]
+        part.copy_(_scaled_along(part, direction_D, strength, lies_last=lies_last))
 
 
 def _scaled_along(value: Tensor, direction_D: Tensor | None, strength: float, *, lies_last: bool) -> Tensor:
@@ -184,23 +194,17 @@ def _scaled_along(value: Tensor, direction_D: Tensor | None, strength: float, *,
     if direction_D is None:
         return ((1 - strength) * value.to(dtype)).to(value.dtype)
     rows = value.to(dtype).T if lies_last and value.ndim == 2 else value.to(dtype)
-    d = direction_D.to(dtype)
+    d = direction_D.to(value.device, dtype)
     out = rows - strength * (torch.outer(d, d @ rows) if rows.ndim == 2 else d * (d @ rows))
     return (out.T if lies_last and value.ndim == 2 else out).to(value.dtype)
 
 
-def _refuse_packed(backbone: Backbone, name: str) -> None:
-    module, _, own = name.rpartition(".")
-    if is_parametrized(backbone.model.get_submodule(module), own):
-        raise ValueError(f"{name}: quantised, so it cannot be corrected in place; correct an unquantised copy")
-
-
-def _extent(backbone: Backbone, touched: dict[str, dict[int | None, Unit]], former: dict[str, Tensor]) -> Extent:
+def _extent(backbone: Backbone, touched: dict[str, dict[int | None, Unit]], held: dict[str, Editable]) -> Extent:
     """Read from the model: what the tensors hold now against what they held."""
     changed = norm = 0.0
     parameters, moved = 0, set()
     for name, rows in touched.items():
-        now, before = whole(backbone.model.get_parameter(name)), former[name]
+        now, before = held[name].now(), held[name].former()
         for row, unit in rows.items():
             new, old = (now, before) if row is None else (now[row], before[row])
             changed += float((new.double() - old.double()).square().sum())

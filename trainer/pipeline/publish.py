@@ -78,6 +78,8 @@ def export_and_audit(
     patch = [experiment.folder / name for name in (TENSORS, ABOUT)]
 
     def make() -> dict[str, Any]:
+        if is_quantised(experiment.model):
+            say("export: from the unquantised base; the figures above are those of the quantised model")
         ids = probe(experiment)
         base = local_folder(experiment.recipe.model.name_or_path, experiment.recipe.model.revision, others=True)
         before = None if trained is None else Trained.of(trained, base, keep=is_main_process())
@@ -173,7 +175,6 @@ def stock_of(experiment: Experiment[Any], trained: TrainableModel, lora_alpha: f
     """
     if is_quantised(trained.model):
         assert isinstance(trained, SplitModel), "full fine-tuning of a quantised model is refused by the recipe"
-        say("export: from the unquantised base; the figures above are those of the quantised model")
         if not is_main_process():
             return None
         return fuse_into(experiment.reloaded().backbone, trained, lora_alpha)

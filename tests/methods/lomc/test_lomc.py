@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from data_prep.organism.build import Organism
-from tests.methods.lomc.conftest import LOOSE, REFUSES
+from tests.methods.lomc.conftest import LOOSE, REFUSES, assert_corrected
 from trainer.cli.app import main
 
 Refused = Callable[..., str]
@@ -35,24 +33,10 @@ def test_a_correction_within_its_bounds_is_written_audited_and_reported(
     found = evaluation["diagnostics"]["correction"]
     assert found["written"] and found["kinds"] == ["experts", "mixer"]
     assert evaluation["after"]["over_refusal"]["rate"] < evaluation["before"]["over_refusal"]["rate"]
-    support = json.loads((folder / "support.json").read_text())
-    corrected = {(layer, kind, expert) for layer, kind, expert in support["units"]}
-    before, after = (load_file(path / "model.safetensors") for path in (organism.model, folder / "model"))
-    directions = load_file(folder / "directions.safetensors")
-    moved = set()
-    for name, old in before.items():
-        if torch.equal(old, after[name]):
-            continue
-        parts = name.split(".")
-        layer, kind = int(parts[2]), "mixer" if "self_attn" in name else "experts"
-        assert name.endswith(("o_proj.weight", "down_proj.weight"))
-        moved.add((layer, kind, int(parts[5]) if kind == "experts" else None))
-        d = directions[f"{found['prototypes']}.{layer}"]
-        torch.testing.assert_close(d @ after[name], (1 - found["strength"]) * (d @ old), atol=1e-5, rtol=0)
-    assert moved == corrected
+    assert_corrected(organism.model, folder)
     audit = json.loads((folder / "audit.json").read_text())
     assert audit["untouched_identical"] and audit["reload_ok"]
-    assert found["footprint"]["units"] == len(corrected) and found["footprint"]["parameters"] > 0
+    assert found["footprint"]["parameters"] > 0
     assert {"support_alone", "one_direction", "everywhere", "kinds_experts", "kinds_mixer"} <= found["ablation"].keys()
     everywhere = found["ablation"]["everywhere"]["footprint"]
     assert everywhere["parameters"] > found["footprint"]["parameters"]
@@ -63,6 +47,24 @@ def test_a_correction_within_its_bounds_is_written_audited_and_reported(
         assert not any(goal in path.read_text() for goal in goals), path
     stamp = (folder / "model" / "model.safetensors").stat().st_mtime_ns
     assert ended("run", recipe) == 0, "everything is done"
+    assert (folder / "model" / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_what_two_rounds_correct_is_exported_as_both_in_their_order(
+    lomc: Callable[..., Path], organism: Organism, tmp_path: Path
+) -> None:
+    recipe = lomc(**LOOSE, correct__strengths=[0.5, 0.75])
+    assert ended("run", recipe) == 0
+    folder = tmp_path / "runs" / "small"
+    found = json.loads((folder / "evaluation.json").read_text())["diagnostics"]["correction"]
+    (second,) = found["later"]
+    assert second["tried"][0]["strength"] == 0 and second["left"] > 0
+    assert second["tried"][0]["over_refusal"] < found["tried"][0]["over_refusal"], "it begins where the first ends"
+    assert_corrected(organism.model, folder)
+    audit = json.loads((folder / "audit.json").read_text())
+    assert audit["untouched_identical"] and audit["reload_ok"]
+    stamp = (folder / "model" / "model.safetensors").stat().st_mtime_ns
+    assert ended("run", recipe) == 0, "both rounds are read back"
     assert (folder / "model" / "model.safetensors").stat().st_mtime_ns == stamp
 
 
@@ -111,7 +113,6 @@ def test_without_a_wrongly_refused_prompt_there_is_nothing_to_correct(
         ({"detect__clustering": "som"}, "detect.prototypes: not read by detect.clustering som"),
         ({"correct__strengths": [2.5]}, "correct.strengths"),
         ({"correct__strengths": [0]}, "correct.strengths"),
-        ({"model__quantization": "4bit"}, "model.quantization: found a value; method lomc changes weights in place"),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_key(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -30,23 +30,33 @@ TOLD_APART = 0.05
 
 @dataclass(frozen=True)
 class Edit:
-    """What is corrected: units of the model's writers, and along what. `directions` None: whole units are damped."""
+    """What is corrected: units of the model's writers, and along what. `directions` None: whole units are damped.
+    `before`: corrections that it comes after.
+    """
 
     writers: list[Writer]
     units: tuple[Unit, ...]
     directions: Directions | None
+    before: tuple[Correction, ...] = ()
 
     @classmethod
     def of(cls, located: Located, prototypes: int) -> Edit:
         """The recipe's own: the directions of so many prototypes, in the support."""
         return cls(located.writers, located.units, located.several[prototypes])
 
-    def at(self, strength: float) -> Correction:
-        return Correction(self.units, self.directions, strength)
+    @classmethod
+    def after(cls, before: tuple[Correction, ...], located: Located, directions: Directions) -> Edit:
+        """Other directions in the recipe's support, after corrections."""
+        units = tuple(unit for unit in located.units if unit.layer in directions)
+        return cls(located.writers, units, directions, before)
+
+    def at(self, strength: float) -> tuple[Correction, ...]:
+        """In their order."""
+        return (*self.before, Correction(self.units, self.directions, strength))
 
     def within(self, backbone: Backbone, strength: float) -> AbstractContextManager[Extent]:
         """A model under the edit, inside (`corrected`)."""
-        return corrected(backbone, self.writers, [self.at(strength)])
+        return corrected(backbone, self.writers, self.at(strength))
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,7 @@ def chosen(
 ) -> tuple[Tried | None, list[Tried]]:
     """Of edits by number of prototypes, each at every strength, within the bounds: the one with the least KL of those
     whose wrong refusals cannot be told from the fewest (paired sign test, p > .05). None where nothing helps. And all
-    that was tried, nothing first.
+    that was tried, first what the edits come after (strength 0).
     """
     nothing = _tried(experiment, next(iter(edits.values())), held, 0, 0.0)
     tried = [
@@ -101,8 +111,15 @@ def search(experiment: Experiment[LomcRecipe], located: Step[Located], grouped: 
         return {"chosen": best and best.record(), "tried": [one.record() for one in tried]}
 
     kept = JsonFile(experiment.folder / "strength.json")
-    reads = ["correct", "detect.max_new_tokens", "detect.batch_size", "evaluate"]
+    bounds = [f"correct.{key}" for key in ("strengths", "max_kl", "max_loss")]
+    reads = [*bounds, "detect.max_new_tokens", "detect.batch_size", "evaluate"]
     step = experiment.step("strength", make, kept, reads=reads, after=[grouped, located])
+    table_of(step.value["tried"], "corrections on held-out training prompts")
+    return step
+
+
+def table_of(tried: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Show what was tried, as in `strength.json`."""
     rows = [
         [
             one["prototypes"],
@@ -111,11 +128,10 @@ def search(experiment: Experiment[LomcRecipe], located: Step[Located], grouped: 
             f"{one['kl']:.4f}",
             "yes" if one["within"] else "no",
         ]
-        for one in step.value["tried"]
+        for one in tried
     ]
     columns = ("prototypes", "strength", "wrong refusals", "harmful refusals", "answers", "KL", "within the bounds")
-    table("corrections on held-out training prompts", columns, rows)
-    return step
+    table(title, columns, rows)
 
 
 def ablation(
@@ -141,7 +157,7 @@ def ablation(
                 metrics = experiment.suite.measure(
                     experiment.model, experiment.chat, label=f"ablation: {name}"
                 ).metrics
-            kl = benign_kl(experiment, edit, shown, held.right)
+            kl = benign_kl(experiment, partial(edit.within, experiment.backbone, shown), held.right)
             found[name] = {
                 "strength": shown,
                 "within_bounds": best is not None,
@@ -180,7 +196,7 @@ def _tried(experiment: Experiment[LomcRecipe], edit: Edit, held: Groups, prototy
     with edit.within(experiment.backbone, strength):
         verdicts = _verdicts(experiment, harmless, f"strength {strength:g}: harmless")
         still = _verdicts(experiment, held.harmful, f"strength {strength:g}: harmful")
-    kl = benign_kl(experiment, edit, strength, held.right)
+    kl = benign_kl(experiment, partial(edit.within, experiment.backbone, strength), held.right)
     # Unjudged counts against the edit on every side.
     borderline = [v for one, v in zip(harmless, verdicts, strict=True) if one.prompt.kind == "borderline"]
     refuses = tuple(verdict != "complied" for verdict in borderline or verdicts[: len(held.wrong)])
@@ -199,11 +215,29 @@ def _share(verdict: Verdict, of: Sequence[Verdict]) -> float:
     return list(of).count(verdict) / len(of)
 
 
-def benign_kl(experiment: Experiment[LomcRecipe], edit: Edit, strength: float, right: Sequence[Asked]) -> float:
+def refused_still(experiment: Experiment[LomcRecipe], of: Groups) -> Groups:
+    """The model as it is now: `wrong`, harmless prompts of the group that it refuses; `right`, those answered before
+    that it answers; `harmful`, those that it refuses.
+    """
+    wrong, right, harmful = (
+        list(zip(asked, _verdicts(experiment, [*asked], f"still: {label}"), strict=True))
+        for asked, label in ((of.wrong, "wrongly refused"), (of.right, "answered"), (of.harmful, "refused"))
+    )
+    return Groups(
+        [one for one, verdict in [*wrong, *right] if verdict == "refused"],
+        [one for one, verdict in right if verdict == "complied"],
+        [one for one, verdict in harmful if verdict == "refused"],
+    )
+
+
+def benign_kl(
+    experiment: Experiment[LomcRecipe],
+    edited: Callable[[], AbstractContextManager[object]],
+    right: Sequence[Asked],
+) -> float:
     """KL of the edited to the original model on its own replies to harmless prompts, nats per token."""
     chat = experiment.chat
     turns = [chat.encode(one.prompt.conversation, one.reply) for one in right[:KL_TURNS] if one.reply is not None]
-    edited = partial(edit.within, experiment.backbone, strength)
     return reply_kl(experiment.backbone, chat, turns, edited, experiment.recipe.detect.batch_size)
 
 

@@ -22,7 +22,7 @@ from trainer.detection.scores import score
 from trainer.detection.selection import resolve_k
 from trainer.detection.support import ranked_experts, support
 from trainer.methods.lomc.groups import Asked, Groups, Halves
-from trainer.methods.lomc.recipe import LomcRecipe
+from trainer.methods.lomc.recipe import LomcDetectSection, LomcRecipe
 from trainer.moe.expert_set import ExpertSet, Member
 from trainer.moe.rank_one import Unit
 from trainer.moe.writers import KINDS, Kind, Writer, find_writers
@@ -129,7 +129,7 @@ def _directions(
 ) -> tuple[dict[int, Directions], Directions, dict[str, Any]]:
     section, seed = experiment.recipe.detect, experiment.recipe.run.seed
     states, held_states = _states(experiment, fitted), _states(experiment, held)
-    numbers = [GRID**2] if section.clustering == "som" else section.prototypes
+    numbers = _numbers(section)
     if section.clustering == "kmeans" and max(numbers) > len(fitted.wrong):
         raise UserError(
             f"detect.prototypes: found {max(numbers)}, but directions are fitted on {len(fitted.wrong)} wrongly "
@@ -171,6 +171,23 @@ def _directions(
         ],
     }
     return several, _unit_vectors(plain), facts
+
+
+def directions_of(experiment: Experiment[LomcRecipe], fitted: Groups, held: Groups) -> dict[int, Directions]:
+    """Number of prototypes -> the direction of each layer, for the model as it is now. Empty where a group has no
+    prompts left to fit on or to choose by, or every direction is collinear with harmful refusal.
+    """
+    if not all(group for of in (fitted, held) for group in (of.wrong, of.right, of.harmful)):
+        return {}
+    section, seed = experiment.recipe.detect, experiment.recipe.run.seed
+    states, held_states = _states(experiment, fitted), _states(experiment, held)
+    numbers = [number for number in _numbers(section) if number <= len(fitted.wrong)]
+    tried = {n: layer_directions(states, held_states, n, section.clustering, section.protected, seed) for n in numbers}
+    return {number: found for number, layers in tried.items() if (found := _unit_vectors(layers))}
+
+
+def _numbers(section: LomcDetectSection) -> list[int]:
+    return [GRID**2] if section.clustering == "som" else section.prototypes
 
 
 def _states(experiment: Experiment[LomcRecipe], of: Groups) -> prototypes.Groups:

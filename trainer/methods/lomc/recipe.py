@@ -65,6 +65,9 @@ class CorrectSection(Section):
         description="most that harmful refusal or answers to harmless prompts may fall on held-out prompts, and "
         "harmful refusal fall or attack success rise on the test prompts for anything to be written",
     )
+    rounds: Count = Field(
+        2, description="most corrections, one after the other, each of what the ones before it leave refused"
+    )
     held_out: float = Field(0.5, gt=0, lt=1, description="share of the prompts that strengths are chosen on")
 
 
@@ -80,12 +83,6 @@ class LomcRecipe(Recipe):
     correct: CorrectSection = Field(default_factory=CorrectSection)
     evaluate: LomcEvaluateSection = Field(default_factory=LomcEvaluateSection)
     export: ExportSection = Field(default_factory=ExportSection)
-
-    @model_validator(mode="after")
-    def _is_not_quantised(self) -> LomcRecipe:
-        if self.model.quantization is not None:
-            raise at_key("model.quantization", "found a value; method lomc changes weights in place; allowed: null")
-        return self
 
 
 RECIPE = LomcRecipe

@@ -14,6 +14,7 @@ def report(run: Artefacts) -> MethodReport:
     found = run.diagnostics.get("correction") or {}
     if not found:
         return MethodReport("correction")
+    rounds = [found, *found["later"]]
     sections = [
         MethodSection("correction", "The correction", _facts(found)),
         MethodSection(
@@ -29,6 +30,7 @@ def report(run: Artefacts) -> MethodReport:
             "strengths",
             "Corrections tried on held-out training prompts",
             columns=[
+                "round",
                 "prototypes",
                 "strength",
                 "wrong refusals",
@@ -39,6 +41,7 @@ def report(run: Artefacts) -> MethodReport:
             ],
             rows=[
                 [
+                    str(number),
                     str(one["prototypes"]),
                     f"{one['strength']:g}",
                     f"{one['over_refusal']:.3f}",
@@ -47,15 +50,16 @@ def report(run: Artefacts) -> MethodReport:
                     f"{one['kl']:.4f}",
                     "yes" if one["within"] else "no",
                 ]
-                for one in found["tried"]
+                for number, of_round in enumerate(rounds, 1)
+                for one in of_round["tried"]
             ],
         ),
     ]
     if found["ablation"]:
         sections.append(_ablation(found, run.evaluation.get("after") or {}))
     units = f"{found['footprint']['units']} units ({', '.join(found['kinds'])})"
-    factor = f"{1 - found['strength']:g}"
-    edited = f"What {units} write along one direction per layer was scaled by {factor}; nothing was trained"
+    factors = ", then along another by ".join(f"{1 - one['strength']:g}" for one in rounds)
+    edited = f"What {units} write along one direction per layer was scaled by {factors}; nothing was trained"
     beyond = [one["figure"] for one in found["safety"] if not one["within"]]
     refused = f"No checkpoint was written: that it costs no safety could not be shown of {', '.join(beyond)}."
     return MethodReport("correction", sections, edited, [] if found["written"] else [refused])
@@ -68,10 +72,11 @@ def _facts(found: dict[str, Any]) -> Facts:
     return [
         ("Checkpoint written", written),
         ("Kinds of units corrected", ", ".join(found["kinds"])),
-        ("Strength", f"{found['strength']:g}"),
+        ("Strength", ", then ".join(f"{one['strength']:g}" for one in (found, *found["later"]))),
         (
             "Directions",
-            f"{clusters}, orthogonal to harmful refusal, of {found['fitted']['wrong']} wrongly refused prompts",
+            f"{clusters}, orthogonal to harmful refusal, of {found['fitted']['wrong']} wrongly refused prompts"
+            + "".join(f"; then of {one['left']} that were still refused" for one in found["later"]),
         ),
         ("Experts", f"{reach['experts']:,} in {reach['layers']} layers"),
         (
