@@ -86,8 +86,8 @@ def trained(
         experts = ExpertSet(members, {layer.index: layer.num_experts for layer in backbone})
         if shared:
             experts = experts.with_shared(backbone.shared_layers)
-        # Not the keys: the softmax cancels their bias, so AdamW steps it by the sign of what rounding left.
-        attention = AttentionSection(projections=["q_proj", "v_proj", "o_proj"]) if shared else None
+        # It has no bias. Theirs have tiny gradients (the softmax cancels the keys'), and AdamW steps by what rounding left.
+        attention = AttentionSection(projections=["o_proj"]) if shared else None
         section = RepairSection(lora_rank=lora_rank, attention=attention)
         model = under_repair(backbone, experts, section)
     engine().shard(model.backbone)
