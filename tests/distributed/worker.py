@@ -86,7 +86,7 @@ def trained(
         experts = ExpertSet(members, {layer.index: layer.num_experts for layer in backbone})
         if shared:
             experts = experts.with_shared(backbone.shared_layers)
-        # It has no bias. Theirs have tiny gradients (the softmax cancels the keys'), and AdamW steps by what rounding left.
+        # It has no bias. Those of the others have tiny gradients, and AdamW steps by what rounding left of them.
         attention = AttentionSection(projections=["o_proj"]) if shared else None
         section = RepairSection(lora_rank=lora_rank, attention=attention)
         model = under_repair(backbone, experts, section)
