@@ -1,3 +1,4 @@
+import csv
 import json
 import re
 from html.parser import HTMLParser
@@ -94,6 +95,28 @@ def test_every_figure_of_the_table_equals_the_evaluation(finished):
     for key, shown in page.figures.items():
         expected = [before[key]["rate"], after[key]["rate"]]
         assert shown == expected + ([control[key]["rate"]] if key in control else [])
+
+
+def test_every_figure_stands_as_numbers_in_a_csv_beside_the_report(finished):
+    stored = json.loads((finished / "evaluation.json").read_text())
+    sides = {side: dict(flat(stored[side])) for side in ("before", "after")}
+    sides["random_experts"] = dict(flat(stored["diagnostics"]["random_control"]))
+    rows = {row["figure"]: row for row in csv.DictReader((finished / "figures.csv").open(encoding="utf-8"))}
+    assert rows.keys() == sides["before"].keys()
+    for key, row in rows.items():
+        for side, found in sides.items():
+            shown = [row[f"{side}_{part}"] for part in ("rate", "low", "high", "n")]
+            expected = found.get(key)
+            if expected is None:
+                assert shown == ["", "", "", ""]
+            else:
+                assert [float(cell) for cell in shown] == [expected["rate"], *expected["ci95"], expected["n"]]
+
+
+def test_experts_that_were_found_and_not_trained_are_called_that(run_dir):
+    recipe = run_dir / "recipe.yaml"
+    recipe.write_text(recipe.read_text() + "repair: {scope: attention}\n")
+    assert "Critical experts found, none of them trained" in " ".join(page_of(run_dir)[1].text)
 
 
 def test_intervals_sizes_and_changes_are_written_beside_the_rates(finished):

@@ -62,7 +62,7 @@ def model_card(
         base_argument=base if not is_local(base) else "BASE",
         trained=_trained(run.audit, edited),
         facts=[(name, without_path(value)) for name, value in sections.about(run)] + sections.what_changed(run),
-        experts=sections.experts_by_layer(run),
+        experts=sections.experts_by_layer(run) if sections.trains_experts(run) else [],
         rows=rows,
         cautions=cautions(run, figures),
         audit=sections.audit(run),

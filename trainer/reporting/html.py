@@ -1,4 +1,5 @@
-"""`write(run_dir)`: one self-contained `report.html`, made from the artefacts of a run folder and nothing else.
+"""`write(run_dir)`: one self-contained `report.html`, made from the artefacts of a run folder and nothing else, and
+its figures as numbers, `figures.csv`.
 
 What is read, all but the first optional; keys that a file lacks are left out of the report or named as missing:
 
@@ -24,7 +25,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from trainer.reporting import curves, plots, sections
+from trainer.reporting import curves, figures_csv, plots, sections
 from trainer.reporting.artefacts import Artefacts, read
 from trainer.reporting.figures import Figure, collect, control_metrics, lengths
 from trainer.reporting.method_report import MethodReport, Report
@@ -37,7 +38,7 @@ _TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
 def write(run_dir: Path, report: Report | None = None) -> Path:
-    """Write `report.html` into the run folder and return its path.
+    """Write `report.html` and `figures.csv` into the run folder and return the report's path.
 
     Args:
         report: what the run's method adds; None where the method is not known.
@@ -46,12 +47,13 @@ def write(run_dir: Path, report: Report | None = None) -> Path:
     """
     run = read(Path(run_dir))
     path = run.folder / "report.html"
-    atomic_write(path, _render(run, report(run) if report else MethodReport()))
+    figures = collect(run.evaluation)
+    atomic_write(path, _render(run, figures, report(run) if report else MethodReport()))
+    atomic_write(run.folder / "figures.csv", figures_csv.text(figures))
     return path
 
 
-def _render(run: Artefacts, method: MethodReport) -> str:
-    figures = collect(run.evaluation)
+def _render(run: Artefacts, figures: list[Figure], method: MethodReport) -> str:
     verdict, sentences = headline(figures)
     return template(_TEMPLATE, escape=True).render(
         title=run.manifest.get("name") or run.folder.resolve().name,

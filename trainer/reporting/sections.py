@@ -116,7 +116,8 @@ def what_changed(run: Artefacts) -> Facts:
     members = run.expert_set.get("members") or []
     total = _experts_total(run)
     if members:
-        facts.append(("Critical experts", _of(len(members), total)))
+        words = "Critical experts" if trains_experts(run) else "Critical experts found, none of them trained"
+        facts.append((words, _of(len(members), total)))
         stable = [m["stability"] for m in members if m.get("stability") is not None]
         if stable:
             often = sum(value >= 0.9 for value in stable)
@@ -168,6 +169,12 @@ def _signed(share: float) -> str:
 
 def _of(part: float, whole: float | None) -> str:
     return f"{part:,} of {whole:,} ({percent(part / whole)})" if whole else f"{part:,}"
+
+
+def trains_experts(run: Artefacts) -> bool:
+    """Whether the critical experts are what the run was to change, and not attention alone."""
+    repair = run.recipe.get("repair")
+    return not isinstance(repair, dict) or repair.get("scope") != "attention"
 
 
 def experts_by_layer(run: Artefacts) -> list[tuple[int, str]]:
