@@ -42,7 +42,7 @@ backbones: $(STAMP)  ## test every backbone and write the tables of README.md an
 	@$(BIN)/python -m pytest -q tests/moe/test_families.py -k "not the_table"
 	@$(BIN)/python -m tests.moe.backbone_table
 
-bench: $(STAMP)  ## time and memory of a training step, ours beside the alternatives (20 minutes on two quiet cores)
+bench: $(STAMP)  ## time and memory of a training step, ours beside the alternatives (10 minutes on two quiet cores)
 	@$(BIN)/python -m benchmarks
 
 check: $(STAMP)  ## lint, format, types
